@@ -1,0 +1,146 @@
+"""The command `lmjax`: thin, and quick to say what it can do.
+
+Each sub-command parses its arguments, then imports what it needs, so `lmjax --help` never waits for JAX.
+A mistake of the user's ends in one line on stderr and the exit code of its class (`lmjax.errors`).
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from lmjax.errors import ConfigError, UserError
+
+USAGE = """usage: lmjax COMMAND …
+
+  train CONFIG.py [--key=value …]   train, or continue, the run that a config describes
+  eval RUN                          held-out loss, perplexity and bits per byte of a run
+  generate RUN --prompt TEXT        continue a text with a trained model
+  report RUN [RUN …]                one self-contained HTML page about runs
+  data prepare | inspect            turn a corpus into token shards; look into them
+  tokenizer train | show            train a byte-level BPE; look into a tokenizer
+
+`lmjax COMMAND --help` says more. `lmjax train CONFIG.py --dry-run` shows what a run would be.
+"""
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"lmjax {command}", description=description,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def run_train(args: list[str]) -> int:
+    parser = _parser("train", """Train the run that a config describes. If its folder already has checkpoints, the run
+continues from the newest one; the same command always does the right thing.
+
+Any field of the config is set with --key=value, e.g. --model.num_layers=8 --optim.learning_rate=3e-4
+--mesh.fsdp=4 --name=mine. --dry-run lists every key with its value.""")
+    parser.add_argument("config", metavar="CONFIG.py", help="such as configs/quickstart.py")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print config, mesh, shardings, bytes per device and FLOPs; allocate nothing")
+    parser.add_argument("--devices", type=int, default=0, metavar="N",
+                        help="with --dry-run: plan for N devices instead of those of this machine")
+    options, overrides = parser.parse_known_args(args)
+    if options.devices and not options.dry_run:
+        raise ConfigError("--devices is for --dry-run only; a real run uses the devices that are there")
+    from lmjax.config import load_config
+
+    config = load_config(options.config, overrides)
+    from lmjax import train
+
+    if options.dry_run:
+        import jax
+
+        print(train.dry_run(config, options.devices or jax.device_count()))
+    else:
+        train.train(config)
+    return 0
+
+
+def run_eval(args: list[str]) -> int:
+    parser = _parser("eval", "Held-out loss, perplexity and bits per byte of the newest checkpoint of a run.")
+    parser.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
+    parser.add_argument("--batches", type=int, default=0, help="at most so many batches (default: all)")
+    parser.add_argument("--step", type=int, default=0, help="another checkpoint than the newest")
+    options = parser.parse_args(args)
+    from lmjax.runs import evaluate_run
+
+    evaluate_run(options.run, options.batches, options.step)
+    return 0
+
+
+def run_generate(args: list[str]) -> int:
+    parser = _parser("generate", "Continue texts with the newest checkpoint of a run.")
+    parser.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
+    parser.add_argument("--prompt", action="append", help="text to continue (repeatable; default: none)")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default %(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all (default %(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="1 keeps all (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--step", type=int, default=0, help="another checkpoint than the newest")
+    options = parser.parse_args(args)
+    from lmjax.decode.generate import SampleConfig
+    from lmjax.runs import generate_from_run
+
+    config = SampleConfig(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
+    generate_from_run(options.run, options.prompt or [""], config, options.seed, options.step)
+    return 0
+
+
+def run_report(args: list[str]) -> int:
+    from lmjax.report import run_report
+
+    return run_report(args)
+
+
+def _group(name: str, commands: dict[str, str]) -> Callable[[list[str]], int]:
+    """A command with sub-commands, each a function of lmjax.data.commands."""
+
+    def run(args: list[str]) -> int:
+        if not args or args[0] not in commands:
+            choices = " | ".join(f"lmjax {name} {c}" for c in commands)
+            if args and args[0] in ("-h", "--help"):
+                print(f"usage: {choices}\n`lmjax {name} COMMAND --help` says more.")
+                return 0
+            raise ConfigError(f"lmjax {name}: which one? {choices}")
+        from lmjax.data import commands as module
+
+        return getattr(module, commands[args[0]])(args[1:])
+
+    return run
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": run_train,
+    "eval": run_eval,
+    "generate": run_generate,
+    "report": run_report,
+    "data": _group("data", {"prepare": "run_prepare", "inspect": "run_inspect"}),
+    "tokenizer": _group("tokenizer", {"train": "run_tokenizer_train", "show": "run_tokenizer_show"}),
+}
+
+
+def main(args: list[str] | None = None) -> int:
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    try:
+        if args[0] not in COMMANDS:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean `lmjax {near[0]}`?" if near else "see `lmjax --help`"
+            raise ConfigError(f"lmjax {args[0]}: no such command; {hint}")
+        return COMMANDS[args[0]](args[1:])
+    except UserError as error:
+        for line in getattr(error, "problems", None) or (str(error),):
+            print(f"lmjax: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nlmjax: stopped; the same command continues from the newest checkpoint", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

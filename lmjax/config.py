@@ -1,0 +1,323 @@
+"""The config of a run: one tree of typed dataclasses, from a Python file plus dotted overrides.
+
+    # configs/example.py
+    from lmjax.config import *
+    def get_config() -> RunConfig: ...
+
+A config file follows ml_collections' convention (a function get_config), so it also works with
+`ml_collections.config_flags`; paths such as `data.sources[0].path` are its `config_path`s. What lives here:
+loading, overriding, checking types and fields against each other. Each section's own dataclass stands beside
+the code that uses it. Every problem is found before the first one is reported.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import json
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from ml_collections.config_flags import config_path
+
+from lmjax.axes import MeshConfig, abstract_mesh, batch_ways
+from lmjax.checkpoint import CheckpointConfig
+from lmjax.data import DataConfig, SourceConfig
+from lmjax.decode.generate import SampleConfig
+from lmjax.errors import ConfigError
+from lmjax.log import LogConfig
+from lmjax.losses.goldfish import GoldfishConfig
+from lmjax.models import ComputeConfig, DecoderConfig, RopeScaling, preset
+from lmjax.objectives.pretrain import PretrainConfig
+from lmjax.optim import OptimConfig
+
+__all__ = [
+    "CheckpointConfig", "ComputeConfig", "DataConfig", "DecoderConfig", "EvalConfig", "GoldfishConfig",
+    "LogConfig", "MeshConfig", "OptimConfig", "PretrainConfig", "RopeScaling", "RunConfig", "SampleConfig",
+    "SourceConfig", "preset",
+]
+
+
+@dataclasses.dataclass
+class EvalConfig:
+    """every: steps between evaluations on the validation split (also at step 0 and at the end); 0 never.
+    batches: at most so many; 0 for the whole split. prompts: texts to continue, at each evaluation."""
+
+    every: int = 500
+    batches: int = 0
+    prompts: tuple[str, ...] = ()
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+
+    def problems(self, prefix: str = "evals") -> list[str]:
+        bad = [f"{prefix}.{name}={getattr(self, name)}: must not be negative" for name in ("every", "batches")
+               if getattr(self, name) < 0]
+        return bad + self.sample.problems(f"{prefix}.sample")
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """One training run. Its folder is run_root/name; the same command continues it."""
+
+    name: str = "run"
+    run_root: str = "runs"
+    steps: int = 1000
+    batch_size: int = 8  # rows of the global batch
+    seq_len: int = 512  # tokens of a row
+    accumulate: int = 1  # micro-batches that a step is cut into, to save memory
+    seed: int = 0
+    model: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+    objective: PretrainConfig = dataclasses.field(default_factory=PretrainConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    evals: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run_root) / self.name
+
+
+# ---- checks across fields ------------------------------------------------------------------------------
+
+
+def validate(config: RunConfig, num_devices: int) -> None:
+    """Raises ConfigError with every problem that can be known before data and devices are touched."""
+    c = config
+    bad = []
+    for name in ("steps", "batch_size", "seq_len", "accumulate"):
+        if getattr(c, name) < 1:
+            bad.append(f"{name}={getattr(c, name)}: must be at least 1")
+    if not 0 <= c.seed < 2**32:
+        bad.append(f"seed={c.seed}: must be from 0 to 2^32 - 1")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.name):
+        bad.append(f"name={c.name!r}: it names a folder; use letters, digits, '.', '_' and '-'")
+    mesh_problems = c.mesh.problems(num_devices)
+    bad += (c.model.problems() + c.compute.problems() + c.objective.problems() + c.data.problems("data.")
+            + c.optim.problems(c.steps) + mesh_problems + c.evals.problems() + c.checkpoint.problems()
+            + c.log.problems("log"))
+    if c.seq_len > c.model.max_seq_len:
+        bad.append(f"seq_len={c.seq_len} is longer than model.max_seq_len={c.model.max_seq_len}; "
+                   "shorten the rows or raise model.max_seq_len")
+    if c.objective.goldfish.strategy in ("hash", "hash_table") and c.objective.goldfish.context >= c.seq_len:
+        bad.append(f"objective.goldfish.context={c.objective.goldfish.context}: must be shorter than "
+                   f"seq_len={c.seq_len}, or nothing is ever dropped")
+    if not mesh_problems and not c.model.problems():
+        bad += _mesh_problems(c, num_devices)
+    if bad:
+        raise ConfigError(*bad)
+
+
+def _mesh_problems(c: RunConfig, num_devices: int) -> list[str]:
+    """What the mesh must divide."""
+    mesh = abstract_mesh(c.mesh, num_devices)
+    model, ways = c.model.filled(), batch_ways(mesh)
+    bad = []
+    if c.batch_size > 0 and c.accumulate > 0 and c.batch_size % (ways * c.accumulate):
+        bad.append(f"batch_size={c.batch_size} must be a multiple of {ways * c.accumulate}: data x fsdp = "
+                   f"{ways} parts x accumulate={c.accumulate} micro-batches")
+    for axis, sizes in (("tensor", {"num_heads": model.num_heads, "d_ff": model.d_ff}),
+                        ("fsdp", {"d_model": model.d_model})):
+        for name, size in sizes.items():
+            if size % mesh.shape[axis]:
+                bad.append(f"mesh.{axis}={mesh.shape[axis]} does not divide model.{name}={size}; "
+                           "choose sizes that do")
+    return bad
+
+
+def fit_vocabulary(config: RunConfig, tokenizer_name: str, vocab_size: int) -> RunConfig:
+    """The config with model.vocab_size set (0: the tokenizer's, rounded up to a multiple of 64).
+
+    Raises ConfigError where the model's vocabulary is smaller than the tokenizer's.
+    """
+    have = config.model.vocab_size
+    if have == 0:
+        model = dataclasses.replace(config.model, vocab_size=-(-vocab_size // 64) * 64)
+        return dataclasses.replace(config, model=model)
+    if have < vocab_size:
+        raise ConfigError(f"model.vocab_size={have} is smaller than the {vocab_size} tokens of data.tokenizer="
+                          f"{tokenizer_name!r}; raise it, or set 0 to take the tokenizer's")
+    return config
+
+
+# ---- loading and overriding ----------------------------------------------------------------------------
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """The RunConfig of a Python file, with overrides such as `--model.d_model=512` applied.
+
+    Raises ConfigError for a missing file, a file without get_config, unknown or repeated keys (with the
+    nearest name) and wrong types; all of them at once.
+    """
+    config = _run_file(Path(path))
+    bad, seen = [], set()
+    for override in overrides:
+        key, equals, text = override.removeprefix("--").partition("=")
+        if not equals:
+            bad.append(f"{override!r}: an override is --key=value, such as --steps=100")
+        elif key in seen:
+            bad.append(f"--{key} is given twice; give it once")
+        else:
+            seen.add(key)
+            bad += _override(config, key, text)
+    bad += _type_problems(config, "")
+    if bad:
+        raise ConfigError(*bad)
+    return config
+
+
+def _run_file(path: Path) -> RunConfig:
+    if path.suffix != ".py" or not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "; give a Python file, see configs/"
+        raise ConfigError(f"{path}: no such config file{hint}")
+    spec = importlib.util.spec_from_file_location("lmjax_run_config", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except (AttributeError, NameError, TypeError, SyntaxError, ImportError) as error:
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}; a config file defines "
+                          "get_config() -> RunConfig with the fields of lmjax.config") from error
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, not a RunConfig")
+    return config
+
+
+def _names(config: Any, prefix: str = "") -> list[str]:
+    """Every dotted key of a config."""
+    names = []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        names.append(name)
+        if dataclasses.is_dataclass(value):
+            names += _names(value, name + ".")
+        elif isinstance(value, tuple):
+            for i, item in enumerate(value):
+                names += _names(item, f"{name}[{i}].") if dataclasses.is_dataclass(item) else []
+    return names
+
+
+def _override(config: RunConfig, key: str, text: str) -> list[str]:
+    """Sets one key from text; returns the problems."""
+    names = _names(config)
+    if key not in names:
+        by_last = [n for n in names if n.rpartition(".")[2] == key.rpartition(".")[2]]
+        near = by_last[:1] or difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+        return [f"--{key}: no such key" + (f"; did you mean --{near[0]}?" if near else "; see --dry-run")]
+    wanted = config_path.get_type(key, config, normalize=False)
+    if dataclasses.is_dataclass(wanted):
+        return [f"--{key} is a section; set one of its fields, such as --{key}."
+                f"{dataclasses.fields(wanted)[0].name}=…"]
+    try:
+        value = _parse(text, wanted)
+    except ValueError as error:
+        return [f"--{key}={text}: {error}"]
+    config_path.set_value(key, config, value)
+    return []
+
+
+def _parse(text: str, wanted: Any) -> Any:
+    """Text as a value of the wanted type. Raises ValueError that says what was expected."""
+    if wanted is str:
+        return text
+    if wanted is bool:
+        values = {"true": True, "1": True, "false": False, "0": False}
+        if text.lower() not in values:
+            raise ValueError("expected true or false")
+        return values[text.lower()]
+    if wanted in (int, float):
+        try:
+            return wanted(text)
+        except ValueError:
+            raise ValueError(f"expected {'a whole number' if wanted is int else 'a number'}") from None
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = tuple(text.split(","))
+    if typing.get_origin(wanted) is tuple and not isinstance(value, (tuple, list)):
+        value = (value,)
+    try:
+        return _build(value, wanted)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _build(value: Any, wanted: Any) -> Any:
+    """A plain value as the wanted type: dicts as dataclasses, lists as tuples, ints as floats, nothing else
+    converted. Raises TypeError."""
+    origin = typing.get_origin(wanted)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(wanted)
+        if value is None and type(None) in options:
+            return None
+        return _build(value, next(o for o in options if o is not type(None)))
+    if dataclasses.is_dataclass(wanted):
+        if isinstance(value, wanted):
+            return value
+        if not isinstance(value, dict):
+            raise TypeError(f"expected {wanted.__name__}, got {type(value).__name__}")
+        hints = typing.get_type_hints(wanted)
+        unknown = sorted(value.keys() - hints.keys())
+        if unknown:
+            raise TypeError(f"{wanted.__name__} has no field {', '.join(unknown)}")
+        return wanted(**{k: _build(v, hints[k]) for k, v in value.items()})
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"expected a tuple, got {type(value).__name__}")
+        return tuple(_build(v, typing.get_args(wanted)[0]) for v in value)
+    if wanted is float and type(value) is int:
+        return float(value)
+    if type(value) is not wanted:
+        raise TypeError(f"expected {wanted.__name__}, got {type(value).__name__} {value!r}")
+    return value
+
+
+def _type_problems(config: Any, prefix: str) -> list[str]:
+    """Wrong types anywhere in a config that Python code has built."""
+    bad = []
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        try:
+            setattr_ok = _build(value, hints[field.name])
+        except TypeError as error:
+            bad.append(f"{name}={value!r}: {error}")
+            continue
+        if dataclasses.is_dataclass(value):
+            bad += _type_problems(value, name + ".")
+        elif isinstance(value, tuple):
+            for i, item in enumerate(value):
+                bad += _type_problems(item, f"{name}[{i}].") if dataclasses.is_dataclass(item) else []
+        elif setattr_ok is not value and type(value) is int:
+            setattr(config, field.name, setattr_ok)  # an int where a float is meant
+    return bad
+
+
+def to_json(config: RunConfig) -> dict:
+    """Nested plain dictionaries, as written to config.json and into checkpoints."""
+    return dataclasses.asdict(config)
+
+
+def from_json(value: dict, where: str) -> RunConfig:
+    """The inverse of to_json. Raises ConfigError naming `where`."""
+    try:
+        return _build(value, RunConfig)
+    except TypeError as error:
+        raise ConfigError(f"{where}: not a config of this version of lmjax ({error})") from None
+
+
+def read_run_config(folder: Path) -> RunConfig:
+    """The resolved config of a run folder."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder}: not a run folder (it has no config.json); give one below runs/")
+    try:
+        return from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error}); restore it from a copy") from None

@@ -1,0 +1,161 @@
+"""Next-token cross-entropy from hidden states, without ever holding [tokens, vocabulary].
+
+Per token, with logits z = x W^T (soft-capped where asked), lse = logsumexp(z), label y, smoothing e and
+z-loss weight a:
+
+    loss = lse - (1 - e) z_y - e mean(z) + a lse^2
+    dloss/dz_i = p_i (1 + 2 a lse) - e / V - (1 - e) [i = y]
+
+(label smoothing: Szegedy et al. 2015, section 7; z-loss: PaLM, arXiv 2204.02311, section 5; soft-cap c:
+z = c tanh(raw / c), Gemma 2, arXiv 2408.00118.) What is reported as loss elsewhere is the pure
+cross-entropy lse - z_y.
+
+Time is cut into chunks; logits of one chunk are made in float32, used and dropped. Because the loss is a
+weighted sum, its gradient is known up to one scalar in the forward pass, so the chunk's logits are made
+once and not again in the backward pass. Masks of every kind are `weights_BT`. Legend: `lmjax.axes`.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lmjax.axes import constrain
+
+CHUNK_BYTES = 64 * 2**20  # of float32 logits on one device; two or three such arrays live at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class _Terms:
+    z_loss: float
+    label_smoothing: float
+    softcap: float
+
+
+def _logits(x_BTD: jax.Array, head_VD: jax.Array, softcap: float) -> tuple[jax.Array, jax.Array | float]:
+    """Float32-accumulated logits, and d(logits)/d(raw logits) of the soft-cap."""
+    z = jnp.einsum("BTD,VD->BTV", x_BTD, head_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+    z = constrain(z, "BTV")
+    if not softcap:
+        return z, 1.0
+    t = jnp.tanh(z / softcap)
+    return softcap * t, 1.0 - jnp.square(t)
+
+
+def _token_terms(z_BTV: jax.Array, targets_BT: jax.Array, terms: _Terms):
+    """(loss, pure cross-entropy, lse, one-hot mask) of each token. The label is picked with a masked sum,
+    which stays local where the vocabulary is split over devices; a gather would not."""
+    lse_BT = jax.nn.logsumexp(z_BTV, axis=-1)
+    hot_BTV = jax.lax.broadcasted_iota(targets_BT.dtype, z_BTV.shape, 2) == targets_BT[..., None]
+    nll_BT = lse_BT - jnp.sum(jnp.where(hot_BTV, z_BTV, 0.0), axis=-1)
+    loss_BT = nll_BT
+    if terms.label_smoothing:
+        e = terms.label_smoothing
+        loss_BT = (1 - e) * nll_BT + e * (lse_BT - jnp.mean(z_BTV, axis=-1))
+    if terms.z_loss:
+        loss_BT = loss_BT + terms.z_loss * jnp.square(lse_BT)
+    return loss_BT, nll_BT, lse_BT, hot_BTV
+
+
+def _weighted_sum(loss_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+    """sum(w * loss) where a weight of 0 silences even an infinite loss (inf * 0 would be NaN)."""
+    return jnp.sum(jnp.where(weights_BT > 0, loss_BT * weights_BT, 0.0))
+
+
+def _forward_chunk(head_VD, terms: _Terms, total, chunk):
+    x, targets, weights = chunk
+    z, _ = _logits(x, head_VD, terms.softcap)
+    loss_BT, nll_BT, _, _ = _token_terms(z, targets, terms)
+    return total + _weighted_sum(loss_BT, weights), nll_BT
+
+
+def _gradient_chunk(head_VD, terms: _Terms, carry, chunk):
+    total, dhead_VD = carry
+    x, targets, weights = chunk
+    z, dcap = _logits(x, head_VD, terms.softcap)
+    loss_BT, nll_BT, lse_BT, hot = _token_terms(z, targets, terms)
+    # All in float32 up to the last rounding: p - 1 at the label cancels badly in bfloat16.
+    p = jnp.exp(z - lse_BT[..., None])
+    if terms.z_loss:
+        p = p * (1.0 + 2.0 * terms.z_loss * lse_BT[..., None])
+    dz = p - (1.0 - terms.label_smoothing) * hot - terms.label_smoothing / z.shape[-1]
+    dz = jnp.where(weights[..., None] > 0, dz * weights[..., None], 0.0) * dcap
+    dz = constrain(dz, "BTV").astype(x.dtype)
+    dx = jnp.einsum("BTV,VD->BTD", dz, head_VD.astype(x.dtype))
+    dhead = jnp.einsum("BTV,BTD->VD", dz, x, preferred_element_type=jnp.float32)
+    return (total + _weighted_sum(loss_BT, weights), dhead_VD + dhead), (nll_BT, constrain(dx, "BTD"))
+
+
+def _split(a: jax.Array, chunks: int) -> jax.Array:
+    """[B, T, …] -> [chunks, B, T / chunks, …]; rows, which are split over devices, are never cut."""
+    B, T, *rest = a.shape
+    return jnp.moveaxis(a.reshape(B, chunks, T // chunks, *rest), 1, 0)
+
+
+def _join(a: jax.Array) -> jax.Array:
+    """The inverse of _split."""
+    chunks, B, t, *rest = a.shape
+    return jnp.moveaxis(a, 0, 1).reshape(B, chunks * t, *rest)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _chunked(x_BTD, head_VD, targets_BT, weights_BT, terms, chunks):
+    parts = tuple(_split(a, chunks) for a in (x_BTD, targets_BT, weights_BT))
+    total, nll = jax.lax.scan(functools.partial(_forward_chunk, head_VD, terms), jnp.float32(0), parts)
+    return total, _join(nll)
+
+
+def _chunked_fwd(x_BTD, head_VD, targets_BT, weights_BT, terms, chunks):
+    parts = tuple(_split(a, chunks) for a in (x_BTD, targets_BT, weights_BT))
+    start = (jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32))
+    (total, dhead), (nll, dx) = jax.lax.scan(
+        functools.partial(_gradient_chunk, head_VD, terms), start, parts)
+    return (total, _join(nll)), (_join(dx), dhead.astype(head_VD.dtype), weights_BT)
+
+
+def _chunked_bwd(terms, chunks, residuals, cotangents):
+    dx, dhead, weights = residuals
+    scale = cotangents[0]
+    return (dx * scale.astype(dx.dtype), dhead * scale.astype(dhead.dtype), None, jnp.zeros_like(weights))
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)
+
+
+def cross_entropy(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *,
+                  z_loss: float = 0.0, label_smoothing: float = 0.0, softcap: float = 0.0,
+                  chunk_bytes: int = CHUNK_BYTES) -> tuple[jax.Array, jax.Array]:
+    """(sum over tokens of weight * loss, pure cross-entropy of every token [B, T]), both float32, nats.
+
+    x_BTD: hidden states, float32 or bfloat16. head_VD: output matrix, float32. targets_BT: int labels;
+    labels outside [0, V) get weight 0. weights_BT: float32, a constant: its gradient is zero. The second
+    result is for reporting: no gradient flows through it, and it is computed for every token whatever its
+    weight.
+    """
+    B, T = targets_BT.shape
+    V = head_VD.shape[0]
+    inside = (targets_BT >= 0) & (targets_BT < V)
+    weights_BT = jnp.where(inside, weights_BT, 0.0).astype(jnp.float32)
+    targets_BT = jnp.where(inside, targets_BT, 0)
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else mesh.size
+    columns = max(1, chunk_bytes * devices // (4 * V * B))
+    chunks = math.ceil(T / columns)
+    pad = -T % chunks
+    if pad:
+        x_BTD, targets_BT, weights_BT = (
+            jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2)) for a in (x_BTD, targets_BT, weights_BT))
+    total, nll_BT = _chunked(x_BTD, head_VD, targets_BT, weights_BT,
+                             _Terms(z_loss, label_smoothing, softcap), chunks)
+    return total, jax.lax.stop_gradient(nll_BT[:, :T])
+
+
+def naive_cross_entropy(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array,
+                        *, z_loss: float = 0.0, label_smoothing: float = 0.0,
+                        softcap: float = 0.0) -> tuple[jax.Array, jax.Array]:
+    """The same numbers with all logits at once and automatic differentiation: the reference."""
+    z, _ = _logits(x_BTD, head_VD, softcap)
+    loss_BT, nll_BT, _, _ = _token_terms(z, targets_BT, _Terms(z_loss, label_smoothing, softcap))
+    return _weighted_sum(loss_BT, weights_BT), jax.lax.stop_gradient(nll_BT)

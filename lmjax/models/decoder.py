@@ -1,0 +1,380 @@
+"""The decoder: one pre-norm transformer that covers GPT-2, Llama, Qwen3, Gemma 2/3, Mistral and SmolLM.
+
+    x = embed(tokens)                         (+ learned positions, x embed_scale)
+    x = x + attention(norm(x))                for each of L blocks
+    x = x + mlp(norm(x))
+    logits = norm(x) @ head                   (head = embed where tied)
+
+Weights are named after their shapes (`q_DNH`), which is also how they are sharded (`lmjax.axes`). Blocks
+are stacked: every weight of a block has a leading layer dimension, and one `lax.scan` runs them. Flax NNX
+is used as a pytree library only: modules hold arrays and a static config, and are called under plain
+`jax.jit` and `jax.grad`. Losses, sampling and sharding of batches live elsewhere; presets of published
+models in `lmjax.models.presets`.
+"""
+
+import dataclasses
+import zlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lmjax.axes import constrain
+from lmjax.nn.attention import causal_mask, reference_attention, self_attention
+from lmjax.nn.cache import Cache, empty_cache
+from lmjax.nn.mlp import ACTIVATIONS, feed_forward
+from lmjax.nn.norm import layer_norm, rms_norm
+from lmjax.nn.rope import RopeScaling, apply_rope, rope_frequencies
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class DecoderConfig:
+    """What the weights are and mean. How they are run (dtype, kernels) is `ComputeConfig`."""
+
+    vocab_size: int = 0  # 0 in a run: the tokenizer's size, rounded up to a multiple of 64
+    num_layers: int = 4
+    d_model: int = 256
+    num_heads: int = 4
+    num_kv_heads: int = 0  # 0: as many as num_heads; 1: multi-query
+    head_dim: int = 0  # 0: d_model / num_heads
+    d_ff: int = 0  # 0: 4 x d_model, or 8/3 x d_model rounded up to a multiple of 64 where gated
+    max_seq_len: int = 2048  # longest row; a hard limit where positions are learned
+    norm: str = "rmsnorm"  # or "layernorm"
+    norm_eps: float = 1e-6
+    post_norms: bool = False  # also normalise what attention and MLP return (Gemma 2 and 3)
+    qk_norm: bool = False  # RMSNorm over each head of q and k before RoPE
+    positions: str = "rope"  # or "learned"
+    rope_theta: float = 10_000.0
+    rope_local_theta: float = 0.0  # of layers with a window; 0: rope_theta (Gemma 3 has its own)
+    rope_scaling: RopeScaling | None = None  # of layers without a window
+    windows: tuple[int, ...] = (0,)  # sliding window of each layer, repeated over depth; 0: all tokens
+    gated: bool = True
+    activation: str = "silu"  # silu | gelu | gelu_tanh | relu2
+    biases: bool = False  # on every projection and on layernorm
+    tied: bool = True  # the output matrix is the embedding
+    attention_softcap: float = 0.0  # 0: none
+    logit_softcap: float = 0.0  # 0: none
+    query_scale: float = 0.0  # scores are multiplied by it; 0: head_dim ** -0.5
+    scale_embed: bool = False  # multiply embeddings by sqrt(d_model) (Gemma)
+
+    def __post_init__(self):
+        self.windows = tuple(self.windows)
+
+    def filled(self) -> "DecoderConfig":
+        """A copy with every 0 that stands for a default replaced (vocab_size aside)."""
+        d_ff = self.d_ff or (-(-8 * self.d_model // (3 * 64)) * 64 if self.gated else 4 * self.d_model)
+        head_dim = self.head_dim or self.d_model // max(self.num_heads, 1)
+        return dataclasses.replace(
+            self, d_ff=d_ff, head_dim=head_dim, num_kv_heads=self.num_kv_heads or self.num_heads,
+            rope_local_theta=self.rope_local_theta or self.rope_theta,
+            query_scale=self.query_scale or max(head_dim, 1) ** -0.5)
+
+    def problems(self, prefix: str = "model") -> list[str]:
+        """Everything that is wrong with these fields, one line each."""
+        bad = []
+        for name in ("num_layers", "d_model", "num_heads", "max_seq_len"):
+            if getattr(self, name) < 1:
+                bad.append(f"{prefix}.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("vocab_size", "num_kv_heads", "head_dim", "d_ff", "rope_local_theta",
+                     "attention_softcap", "logit_softcap", "query_scale"):
+            if not getattr(self, name) >= 0:
+                bad.append(f"{prefix}.{name}={getattr(self, name)}: must not be negative")
+        for name in ("norm_eps", "rope_theta"):
+            if not getattr(self, name) > 0:
+                bad.append(f"{prefix}.{name}={getattr(self, name)}: must be above 0")
+        for name, choices in (("norm", ("rmsnorm", "layernorm")), ("positions", ("rope", "learned")),
+                              ("activation", tuple(ACTIVATIONS))):
+            if getattr(self, name) not in choices:
+                bad.append(f"{prefix}.{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        if not self.windows or any(w < 0 for w in self.windows):
+            bad.append(f"{prefix}.windows={self.windows}: give at least one window, each 0 (all) or more")
+        if self.rope_scaling and self.rope_scaling.kind not in ("linear", "llama3"):
+            bad.append(f"{prefix}.rope_scaling.kind={self.rope_scaling.kind!r}: choose linear or llama3")
+        if bad:
+            return bad
+        c = self.filled()
+        if not self.head_dim and self.d_model % self.num_heads:
+            bad.append(f"{prefix}.num_heads={self.num_heads} does not divide d_model={self.d_model}; "
+                       f"change one or set {prefix}.head_dim")
+        if c.num_heads % c.num_kv_heads:
+            bad.append(f"{prefix}.num_kv_heads={c.num_kv_heads} does not divide num_heads={c.num_heads}")
+        if self.positions == "rope" and c.head_dim % 2:
+            bad.append(f"{prefix}.head_dim={c.head_dim}: RoPE turns pairs, so it must be even")
+        if self.gated and self.biases:
+            bad.append(f"{prefix}.gated and {prefix}.biases are both on; biases are for the plain MLP only")
+        return bad
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class ComputeConfig:
+    """How a model is run; never changes what its weights mean.
+
+    dtype: of activations and matrix products ("float32" or "bfloat16"); weights, norms, softmax and loss
+    stay float32. remat: what the backward pass recomputes: "none" keeps every activation, "full" keeps
+    only each block's input, "dots" keeps the outputs of matrix products. attention: "auto", "reference"
+    or "blockwise".
+    """
+
+    dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "auto"
+
+    def problems(self, prefix: str = "compute") -> list[str]:
+        choices = {"dtype": ("float32", "bfloat16"), "remat": tuple(REMAT),
+                   "attention": ("auto", "reference", "blockwise")}
+        return [f"{prefix}.{name}={getattr(self, name)!r}: choose one of {', '.join(values)}"
+                for name, values in choices.items() if getattr(self, name) not in values]
+
+
+REMAT = {
+    "none": lambda f: f,
+    "full": lambda f: jax.checkpoint(f, prevent_cse=False),
+    "dots": lambda f: jax.checkpoint(
+        f, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
+
+
+def _normal(key: jax.Array, name: str, shape: tuple[int, ...], std: float) -> nnx.Param:
+    """N(0, std^2) in float32; the key depends on the name, so adding a weight changes no other."""
+    return nnx.Param(std * jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), shape))
+
+
+def _full(shape: tuple[int, ...], value: float, present: bool = True) -> nnx.Param | None:
+    return nnx.Param(jnp.full(shape, value, jnp.float32)) if present else None
+
+
+def _cast(weight: nnx.Param | None, dtype: jnp.dtype) -> jax.Array | None:
+    return None if weight is None else weight[...].astype(dtype)
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm with its scale (and bias)."""
+
+    def __init__(self, config: DecoderConfig):
+        self.eps = config.norm_eps
+        self.rms = config.norm == "rmsnorm"
+        self.scale_D = _full((config.d_model,), 1.0)
+        self.bias_D = _full((config.d_model,), 0.0, config.biases and not self.rms)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.rms:
+            return rms_norm(x, self.scale_D[...], self.eps)
+        return layer_norm(x, self.scale_D[...], _cast(self.bias_D, jnp.float32), self.eps)
+
+
+class Attention(nnx.Module):
+    """Projections around softmax attention. Std of the weights: 1/sqrt(fan in); o is divided by
+    sqrt(2 L) as well, so that the residual stream keeps its size with depth (GPT-2, section 2.3)."""
+
+    def __init__(self, config: DecoderConfig, key: jax.Array):
+        c = config
+        D, N, K, H = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
+        self.config = c
+        self.q_DNH = _normal(key, "q_DNH", (D, N, H), D**-0.5)
+        self.k_DKH = _normal(key, "k_DKH", (D, K, H), D**-0.5)
+        self.v_DKH = _normal(key, "v_DKH", (D, K, H), D**-0.5)
+        self.o_NHD = _normal(key, "o_NHD", (N, H, D), (N * H * 2 * c.num_layers) ** -0.5)
+        self.q_NH = _full((N, H), 0.0, c.biases)
+        self.k_KH = _full((K, H), 0.0, c.biases)
+        self.v_KH = _full((K, H), 0.0, c.biases)
+        self.o_D = _full((D,), 0.0, c.biases)
+        self.q_scale_H = _full((H,), 1.0, c.qk_norm)
+        self.k_scale_H = _full((H,), 1.0, c.qk_norm)
+
+    def qkv(self, x_BTD, positions_BT, window: int):
+        """Queries, keys and values with norms and rotations applied, in x's dtype."""
+        c, dtype = self.config, x_BTD.dtype
+
+        def project(weight, bias):
+            y = jnp.einsum("BTD,DNH->BTNH", x_BTD, _cast(weight, dtype))
+            return y if bias is None else y + _cast(bias, dtype)
+
+        q = project(self.q_DNH, self.q_NH)
+        k = project(self.k_DKH, self.k_KH)
+        v = project(self.v_DKH, self.v_KH)
+        if c.qk_norm:
+            q = rms_norm(q, self.q_scale_H[...], c.norm_eps)
+            k = rms_norm(k, self.k_scale_H[...], c.norm_eps)
+        if c.positions == "rope":
+            freqs = (rope_frequencies(c.head_dim, c.rope_local_theta) if window else
+                     rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+            q, k = apply_rope(q, positions_BT, freqs), apply_rope(k, positions_BT, freqs)
+        return q, k, v
+
+    def out(self, y_BTNH):
+        y_BTD = jnp.einsum("BTNH,NHD->BTD", y_BTNH, _cast(self.o_NHD, y_BTNH.dtype))
+        return y_BTD if self.o_D is None else y_BTD + _cast(self.o_D, y_BTNH.dtype)
+
+
+class MLP(nnx.Module):
+    """Feed-forward weights; the same initialisation rule as Attention."""
+
+    def __init__(self, config: DecoderConfig, key: jax.Array):
+        c = config
+        D, F = c.d_model, c.d_ff
+        self.activation = c.activation
+        self.up_DF = _normal(key, "up_DF", (D, F), D**-0.5)
+        self.gate_DF = _normal(key, "gate_DF", (D, F), D**-0.5) if c.gated else None
+        self.down_FD = _normal(key, "down_FD", (F, D), (F * 2 * c.num_layers) ** -0.5)
+        self.up_F = _full((F,), 0.0, c.biases)
+        self.down_D = _full((D,), 0.0, c.biases)
+
+    def __call__(self, x_BTD):
+        up, gate, down, up_F, down_D = (
+            _cast(w, x_BTD.dtype) for w in (self.up_DF, self.gate_DF, self.down_FD, self.up_F, self.down_D))
+        return feed_forward(x_BTD, up, down, self.activation, gate, up_F, down_D)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: DecoderConfig, key: jax.Array):
+        self.attention_norm, self.mlp_norm = Norm(config), Norm(config)
+        self.attention_post_norm = Norm(config) if config.post_norms else None
+        self.mlp_post_norm = Norm(config) if config.post_norms else None
+        self.attention = Attention(config, jax.random.fold_in(key, 0))
+        self.mlp = MLP(config, jax.random.fold_in(key, 1))
+
+    def __call__(self, x_BTD, positions_BT, attend, window: int):
+        """`attend(q, k, v, window) -> (y_BTNH, extra)`; returns (x, extra)."""
+        q, k, v = self.attention.qkv(self.attention_norm(x_BTD), positions_BT, window)
+        y, extra = attend(q, k, v, window)
+        y = self.attention.out(y)
+        x_BTD = constrain(x_BTD + (self.attention_post_norm(y) if self.attention_post_norm else y), "BTD")
+        y = self.mlp(self.mlp_norm(x_BTD))
+        x_BTD = constrain(x_BTD + (self.mlp_post_norm(y) if self.mlp_post_norm else y), "BTD")
+        return x_BTD, extra
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model.
+
+        model = Decoder(preset("tiny-2m", vocab_size=257))
+        logits_BTV = model(tokens_BT)                       # float32
+
+    seed: an int or a PRNG key. The weights are float32 and do not depend on `compute` or on the mesh.
+    """
+
+    def __init__(self, config: DecoderConfig, seed: int | jax.Array = 0,
+                 compute: ComputeConfig | None = None):
+        c = config.filled()
+        assert c.vocab_size > 0, "DecoderConfig.vocab_size must be set before the model is built"
+        key = jax.random.key(seed) if isinstance(seed, int) else seed
+        self.config = c
+        self.compute = dataclasses.replace(compute or ComputeConfig())
+        self.embed_VD = _normal(key, "embed_VD", (c.vocab_size, c.d_model), 0.02)
+        self.position_PD = (_normal(key, "position_PD", (c.max_seq_len, c.d_model), 0.02)
+                            if c.positions == "learned" else None)
+        layer_keys = jax.random.split(jax.random.fold_in(key, 1), c.num_layers)
+        self.blocks = nnx.vmap(lambda k: Block(c, k))(layer_keys)
+        self.final_norm = Norm(c)
+        self.out_VD = None if c.tied else _normal(key, "out_VD", (c.vocab_size, c.d_model), c.d_model**-0.5)
+
+    @property
+    def head_VD(self) -> jax.Array:
+        """The output matrix, float32 [V, D]: logits = hidden @ head.T."""
+        return (self.embed_VD if self.out_VD is None else self.out_VD)[...]
+
+    def hidden(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None,
+               positions_BT: jax.Array | None = None) -> jax.Array:
+        """Final hidden states [B, T, D] in the compute dtype, after the last norm.
+
+        segments_BT: int ids of the documents packed in a row; tokens see only their own. None: one
+        document a row. positions_BT: position of each token in its document; None: 0, 1, 2, …
+        """
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        c = self.config
+
+        def attend(q, k, v, window):
+            return self_attention(q, k, v, segments_BT, scale=c.query_scale, softcap=c.attention_softcap,
+                                  window=window, implementation=self.compute.attention), None
+
+        x_BTD, _ = self._blocks(self._embed(tokens_BT, positions_BT), positions_BT, lambda _: attend, None)
+        return self.final_norm(x_BTD)
+
+    def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None,
+                 positions_BT: jax.Array | None = None) -> jax.Array:
+        """Logits of the next token, float32 [B, T, V]."""
+        return self.logits(self.hidden(tokens_BT, segments_BT, positions_BT))
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Hidden states to float32 logits, soft-capped where the config says so."""
+        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, self.head_VD.astype(x_BTD.dtype),
+                                preferred_element_type=jnp.float32)
+        cap = self.config.logit_softcap
+        return cap * jnp.tanh(logits_BTV / cap) if cap else logits_BTV
+
+    def new_cache(self, batch: int, slots: int) -> Cache:
+        """An empty key/value cache with room for `slots` tokens a row."""
+        c = self.config
+        return empty_cache(c.num_layers, batch, slots, c.num_kv_heads, c.head_dim,
+                           jnp.dtype(self.compute.dtype))
+
+    def extend(self, tokens_BT: jax.Array, valid_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Appends T tokens to a cache: (hidden states [B, T, D], the longer cache).
+
+        valid_BT is False on the left padding of short prompts. Prefill and single steps are the same call.
+        """
+        c, T = self.config, tokens_BT.shape[1]
+        slots = jnp.arange(cache.valid_BS.shape[1])
+        index_T = cache.length + jnp.arange(T)
+        valid_BS = jax.lax.dynamic_update_slice(cache.valid_BS, valid_BT, (0, cache.length))
+        counts_BS = jnp.cumsum(valid_BS, axis=1) - 1
+        positions_BT = jnp.maximum(jax.lax.dynamic_slice_in_dim(counts_BS, cache.length, T, axis=1), 0)
+
+        def attend_with(kv):
+            def attend(q, k, v, window):
+                k = jax.lax.dynamic_update_slice(kv[0], k, (0, cache.length, 0, 0))
+                v = jax.lax.dynamic_update_slice(kv[1], v, (0, cache.length, 0, 0))
+                mask_BTS = causal_mask(index_T, slots, window)[None] & valid_BS[:, None, :]
+                y = reference_attention(q, k, v, mask_BTS, scale=c.query_scale, softcap=c.attention_softcap)
+                return y, (k, v)
+            return attend
+
+        x_BTD, (k_LBSKH, v_LBSKH) = self._blocks(
+            self._embed(tokens_BT, positions_BT), positions_BT, attend_with, (cache.k_LBSKH, cache.v_LBSKH))
+        return self.final_norm(x_BTD), Cache(k_LBSKH, v_LBSKH, valid_BS, cache.length + T)
+
+    def _embed(self, tokens_BT, positions_BT):
+        dtype = jnp.dtype(self.compute.dtype)
+        x_BTD = self.embed_VD[...][tokens_BT]
+        if self.config.scale_embed:
+            x_BTD = x_BTD * self.config.d_model**0.5
+        if self.position_PD is not None:
+            x_BTD = x_BTD + self.position_PD[...][positions_BT]
+        return constrain(x_BTD.astype(dtype), "BTD")
+
+    def _blocks(self, x_BTD, positions_BT, attend_with, extras):
+        """Scans over groups of layers, one group being one period of the window pattern.
+
+        Windows stay static inside the body, so that masked blocks are skipped; layers that are left over
+        when the period does not divide the depth run after the scan. `extras` is a pytree with a leading
+        layer dimension: each layer's slice makes its `attend`, whose second result is stacked in its place.
+        """
+        graphdef, params = nnx.split(self.blocks)
+        windows, depth = self.config.windows, self.config.num_layers
+        period = min(len(windows), depth)
+        groups = depth // period
+
+        def layer(x, params_and_extra, i):
+            params, extra = params_and_extra
+            run = REMAT[self.compute.remat](
+                lambda p, x, extra: nnx.merge(graphdef, p)(x, positions_BT, attend_with(extra), windows[i]))
+            return run(params, x, extra)
+
+        def group(x, stacked):
+            outs = []
+            for i in range(period):
+                x, out = layer(x, jax.tree.map(lambda a, i=i: a[i], stacked), i)
+                outs.append(out)
+            return x, jax.tree.map(lambda *o: jnp.stack(o), *outs)
+
+        whole = groups * period
+        stacked = jax.tree.map(lambda a: a[:whole].reshape(groups, period, *a.shape[1:]), (params, extras))
+        x_BTD, outs = jax.lax.scan(group, x_BTD, stacked)
+        outs = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), outs)
+        for n in range(whole, depth):
+            x_BTD, out = layer(x_BTD, jax.tree.map(lambda a, n=n: a[n], (params, extras)), n - whole)
+            outs = jax.tree.map(lambda a, o: jnp.concatenate([a, o[None]]), outs, out)
+        return x_BTD, outs

@@ -1,0 +1,1 @@
+"""Layers without a model: pure functions on arrays. Weights and their names live in `lmjax.models`."""

@@ -1,0 +1,85 @@
+"""What a run will be, before anything is allocated: parameters, shardings, bytes and FLOPs.
+
+All of it is arithmetic on shapes. Activations are not counted: their peak depends on the compiler.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AbstractMesh, Mesh
+
+from lmjax import flops
+from lmjax.config import RunConfig
+from lmjax.log import format_bytes, format_count
+from lmjax.models import Decoder
+from lmjax.state import TrainState, make_init, shardings
+from lmjax.tree import count, named_leaves
+
+
+@dataclasses.dataclass
+class Plan:
+    """state: the TrainState as shapes. flops_per_token: training FLOPs, forward and backward."""
+
+    mesh: Mesh | AbstractMesh
+    state: TrainState
+    flops_per_token: float
+
+    @property
+    def num_params(self) -> int:
+        return count(self.state.params)
+
+
+def make_plan(config: RunConfig, tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> Plan:
+    """The plan of a run whose model.vocab_size is set."""
+    state = jax.eval_shape(make_init(lambda key: Decoder(config.model, key), tx), jax.random.key(0))
+    c = config.model.filled()
+    matrices = sum(math.prod(leaf.shape) for name, leaf in named_leaves(state.params).items()
+                   if name.startswith("blocks/") and re.search(r"_(D[A-Z]+|[A-Z]+D)$", name))
+    matrices += c.vocab_size * c.d_model  # the output matrix; the input embedding is only looked up
+    windows = [c.windows[i % len(c.windows)] for i in range(c.num_layers)]
+    per_token = flops.per_token(matrices, c.num_heads, c.head_dim, windows, config.seq_len)
+    return Plan(mesh, state, per_token)
+
+
+def _bytes_per_device(tree: Any, mesh: Mesh | AbstractMesh) -> int:
+    return sum(math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, s in zip(
+        jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh)), strict=True))
+
+
+def parameter_table(plan: Plan) -> str:
+    """One line a weight: name, shape, how it is split, elements, bytes on a device."""
+    rows = [("parameter", "shape", "sharding", "elements", "per device")]
+    placed = named_leaves(shardings(plan.state.params, plan.mesh))
+    for name, leaf in named_leaves(plan.state.params).items():
+        shard = math.prod(placed[name].shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        split = ", ".join("·" if s is None else "+".join(s) if isinstance(s, tuple) else s
+                          for s in placed[name].spec)
+        whole = all(s is None or plan.mesh.shape[s] == 1 for s in placed[name].spec)
+        rows.append((name, " x ".join(map(str, leaf.shape)), "replicated" if whole else f"({split})",
+                     f"{math.prod(leaf.shape):,}", format_bytes(shard)))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return "\n".join("  ".join(cell.rjust(w) if i > 2 else cell.ljust(w)
+                               for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+                     for row in rows)
+
+
+def describe(plan: Plan, config: RunConfig) -> str:
+    """The numbers of a plan, for the start of a run and for --dry-run."""
+    tokens = config.batch_size * config.seq_len
+    params = _bytes_per_device(plan.state.params, plan.mesh)
+    moments = _bytes_per_device(plan.state.opt_state, plan.mesh)
+    axes = " x ".join(f"{name}={size}" for name, size in plan.mesh.shape.items())
+    return "\n".join([
+        f"mesh         {axes} ({plan.mesh.size} device{'s' if plan.mesh.size > 1 else ''})",
+        f"parameters   {plan.num_params:,} ({format_count(plan.num_params)}), float32",
+        f"state/device {format_bytes(params)} weights + {format_bytes(moments)} optimizer "
+        f"+ {format_bytes(params)} gradients; activations come on top",
+        f"batch        {config.batch_size} rows x {config.seq_len} = {tokens:,} tokens a step, "
+        f"{format_count(tokens * config.steps)} in {config.steps:,} steps",
+        f"FLOPs        {format_count(plan.flops_per_token)} a token (6 x matrix weights + attention), "
+        f"{plan.flops_per_token * tokens * config.steps:.2e} in all",
+    ])

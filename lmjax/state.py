@@ -1,0 +1,59 @@
+"""The state of a run, step, params and opt_state, and how it is born on a mesh.
+
+There is no random state and no data position in it: both are functions of (seed, step).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from lmjax.axes import weight_spec
+from lmjax.tree import map_with_name
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """step: int32 scalar, updates done. params: nested dict of float32 arrays. opt_state: Optax's."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """A NamedSharding for every leaf, by the last part of its name: moments and gradients carry the names
+    of their weights, so they are split like them."""
+    return map_with_name(
+        lambda name, leaf: NamedSharding(mesh, weight_spec(name.rpartition("/")[2], leaf.shape, mesh)), tree)
+
+
+def make_init(build: Callable[[jax.Array], nnx.Module],
+              tx: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
+    """A function of a PRNG key that makes the state at step 0; jit it with `shardings` as out_shardings,
+    so that no weight ever exists whole on one device."""
+
+    def init(key: jax.Array) -> TrainState:
+        params = nnx.to_pure_dict(nnx.split(build(key))[1])
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+    return init
+
+
+def graphdef(build: Callable[[jax.Array], nnx.Module]) -> nnx.GraphDef:
+    """The static part of the model: `nnx.merge(graphdef, params)` is the model. Allocates nothing."""
+    return nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))[0]
+
+
+def init_state(init: Callable[[jax.Array], TrainState], mesh: Mesh, seed: int) -> tuple[TrainState, Any]:
+    """(state, its shardings) on the mesh; the same bits on any mesh."""
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    placed = shardings(abstract, mesh)
+    with jax.set_mesh(mesh):
+        return jax.jit(init, out_shardings=placed)(jax.random.key(seed)), placed

@@ -1,0 +1,77 @@
+"""The one train step: jitted, donated, the same for every objective, optimizer and mesh.
+
+Gradients are sums over tokens; they are divided once, by the weight of the whole global batch, after every
+micro-batch and every device has been added. Randomness is fold_in(key(seed), step).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lmjax.axes import constrain
+from lmjax.state import TrainState
+from lmjax.tree import global_norm
+
+Loss = Callable[[nnx.Module, dict[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array, dict]]
+
+
+def _micro_batches(batch: dict[str, jax.Array], accumulate: int) -> dict[str, jax.Array]:
+    """[B, T] -> [A, B / A, T]. Micro-batch a takes rows a, a + A, …, so each device keeps its own rows."""
+    def split(x):
+        x = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:])
+        return jnp.moveaxis(constrain(x, "B" + "_" * (x.ndim - 1)), 1, 0)
+    return jax.tree.map(split, batch)
+
+
+def gradient_sums(loss: Loss, graphdef: nnx.GraphDef, params: Any, batch: dict[str, jax.Array],
+                  key: jax.Array, accumulate: int = 1) -> tuple[Any, jax.Array, dict]:
+    """(sum of gradients, sum of weights, {metric: (sum, weight)}) over the batch, all in float32."""
+
+    def micro(batch, key):
+        def total(params):
+            value, weight, metrics = loss(nnx.merge(graphdef, params), batch, key)
+            return value, (weight, metrics)
+        grads, (weight, metrics) = jax.grad(total, has_aux=True)(params)
+        return grads, weight, metrics
+
+    if accumulate == 1:
+        return micro(batch, key)
+
+    def add(sums, numbered):
+        index, part = numbered
+        return jax.tree.map(jnp.add, sums, micro(part, jax.random.fold_in(key, index))), None
+
+    parts = _micro_batches(batch, accumulate)
+    shapes = jax.eval_shape(micro, jax.tree.map(lambda x: x[0], parts), key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))[0]
+
+
+def make_train_step(loss: Loss, graphdef: nnx.GraphDef, tx: optax.GradientTransformation,
+                    schedule: optax.Schedule, *, seed: int, accumulate: int, shardings: TrainState,
+                    ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict]]:
+    """train_step(state, batch) -> (state, metrics); `state` is donated.
+
+    metrics maps a name to (sum, weight), float32 scalars on every device: the value is sum / weight.
+    A batch whose weights are all zero gives zero gradients, not NaN.
+    """
+
+    def train_step(state: TrainState, batch: dict[str, jax.Array]):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, weight, metrics = gradient_sums(loss, graphdef, state.params, batch, key, accumulate)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-8), grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        one = jnp.float32(1)
+        metrics |= {"weight": (weight, one), "grad_norm": (global_norm(grads), one),
+                    "lr": (jnp.asarray(schedule(state.step), jnp.float32), one)}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))

@@ -1,0 +1,343 @@
+"""The training loop, top to bottom: mesh, data, model, state, restore, step, loop.
+
+The loop is the same for every objective and every mesh. Its state is (step, params, opt_state); batch and
+randomness are functions of (config, seed, step), so continuing is `restore` and `range(step, steps)`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lmjax import flops
+from lmjax.axes import make_mesh
+from lmjax.checkpoint import Checkpoints, abstract, differences, save_json, versions
+from lmjax.config import RunConfig, fit_vocabulary, to_json, validate
+from lmjax.data import Batches, Corpus, prepare_all, validation_batches
+from lmjax.decode.generate import generate
+from lmjax.errors import CheckpointError, DataError, NonFiniteError
+from lmjax.evals.perplexity import evaluate, make_eval_step
+from lmjax.loader import Loader
+from lmjax.log import RunLog, format_bytes, format_duration, read_metrics, summary
+from lmjax.models import Decoder
+from lmjax.nn.attention import choose_attention
+from lmjax.objectives import pretrain
+from lmjax.optim import make_optimizer
+from lmjax.plan import describe, make_plan, parameter_table
+from lmjax.state import graphdef, init_state, make_init, shardings
+from lmjax.step import make_train_step
+
+
+def train(config: RunConfig) -> Path:
+    """Runs or continues a run to its last step; returns its folder.
+
+    Raises ConfigError, DataError or CheckpointError for what a user can mend, before any step where it can
+    be known, and NonFiniteError if the loss or a gradient stops being a number.
+    """
+    started = time.perf_counter()
+
+    # ---- Checks that need neither data nor memory -----------------------------------------------------
+    devices = jax.devices()
+    validate(config, len(devices))
+    is_main = jax.process_index() == 0
+    folder = config.folder
+    open_folder(folder)
+
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(lock_folder(folder))  # noqa: F841  held until the run ends
+
+        # ---- Data -------------------------------------------------------------------------------------
+        corpus = prepare_all(config.data, progress=say_preparing if is_main else None)
+        tokenizer = corpus.tokenizer
+        config = fit_vocabulary(config, config.data.tokenizer, tokenizer.vocab_size)
+        batches = Batches(corpus, "train", config.batch_size, config.seq_len, config.seed)
+
+        # ---- Mesh, model, optimizer -------------------------------------------------------------------
+        mesh = make_mesh(config.mesh)
+        stack.enter_context(jax.set_mesh(mesh))
+        tx, schedule = make_optimizer(config.optim, config.steps)
+        build = functools.partial(Decoder, config.model, compute=config.compute)
+        model_def = graphdef(build)
+        plan = make_plan(config, tx, mesh)
+
+        # ---- State: restored, or born on the mesh -----------------------------------------------------
+        meta = {"config": to_json(config), "versions": versions(), "data": data_fingerprints(corpus)}
+        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint))
+        placed = shardings(plan.state, mesh)
+        restored = checkpoints.restore_latest(abstract(plan.state, placed), meta)
+        if restored is None:
+            state, placed = init_state(make_init(build, tx), mesh, config.seed)
+            first = 0
+        else:
+            state, saved_meta = restored
+            first = int(saved_meta["step"])
+            if first > config.steps:
+                raise CheckpointError(f"{folder}: is at step {first}, past steps={config.steps}; raise --steps "
+                                      "or give this run another name (--name=…)")
+
+        # ---- What the user sees first -----------------------------------------------------------------
+        log = stack.enter_context(RunLog(folder, config.log, config.steps, first, is_main))
+        checkpoints.warn = log.say
+        if is_main:
+            save_json(folder / "config.json", to_json(config))
+            save_json(folder / "environment.json", environment(devices))
+        say_start(log, config, plan, corpus, batches, devices)
+        if restored is not None:
+            say_resume(log, config, saved_meta, first)
+        log.write("start", first, time=time.time(), devices=f"{len(devices)} x {devices[0].device_kind}",
+                  parameters=plan.num_params, flops_per_token=plan.flops_per_token)
+
+        # ---- The two compiled programs ----------------------------------------------------------------
+        loss = functools.partial(pretrain.loss, config.objective)
+        train_step = make_train_step(loss, model_def, tx, schedule, seed=config.seed,
+                                     accumulate=config.accumulate, shardings=placed)
+        eval_step = make_eval_step(model_def, np.pad(
+            tokenizer.token_bytes(), (0, config.model.vocab_size - tokenizer.vocab_size)))
+
+        def evaluate_and_sample(step: int, params) -> None:
+            held_out = validation_batches(corpus, config.batch_size, config.seq_len, config.evals.batches)
+            values = evaluate(eval_step, params, held_out, mesh)
+            log.write("eval", step, split="validation", **values)
+            log.say(f"step {step}: validation loss {values['loss']:.4f}  perplexity {values['perplexity']:.4g}  "
+                    f"bits/byte {values['bits_per_byte']:.4f}  ({values['tokens']:,} tokens)")
+            for prompt, text in sample_texts(config, model_def, params, tokenizer, step):
+                log.write("sample", step, prompt=prompt, text=text)
+                log.say(f"--- sample at step {step} ---\n{prompt}{text}\n---")
+
+        if first == 0 and config.evals.every:
+            evaluate_and_sample(0, state.params)
+
+        # ---- The loop ---------------------------------------------------------------------------------
+        meter = Meter(config, plan, devices, started, first)
+        pending = None  # metrics are fetched one step late, so that the host never makes the device wait
+        with Loader(batches.batch, mesh, config.batch_size, first, config.steps) as loader, \
+                jax.transfer_guard("disallow"):
+            for step, batch in loader:
+                if step == first:
+                    log.say("compiling the train step …")
+                    train_step = compile_step(train_step, state, batch, log)
+                    meter.restart()
+                state, metrics = train_step(state, batch)
+                done = step + 1
+                meter.flush(pending, log, loader)
+                pending = (done, metrics)
+
+                evaluates = config.evals.every and (done % config.evals.every == 0 or done == config.steps)
+                saves = done % config.checkpoint.every == 0 or done == config.steps
+                if evaluates or saves:
+                    meter.flush(pending, log, loader)  # so that nothing that is not finite is ever saved
+                    pending = None
+                    with meter.paused(), jax.transfer_guard("allow"):
+                        if evaluates:
+                            evaluate_and_sample(done, state.params)
+                        if saves:
+                            checkpoints.save(done, state, meta)
+        checkpoints.wait()
+
+        # ---- The end ----------------------------------------------------------------------------------
+        if first == config.steps:
+            log.say(f"{folder} is complete at step {first}; nothing to do. Raise --steps to train on.")
+        elif is_main:
+            commands = [f"lmjax generate {folder} --prompt '…'"]
+            log.close(summary(read_metrics(folder), folder, commands))
+    return folder
+
+
+# ---- Pieces of the loop --------------------------------------------------------------------------------
+
+
+class Meter:
+    """Turns fetched metrics into step records: checks that they are finite, adds speed, memory and waits."""
+
+    def __init__(self, config: RunConfig, plan, devices, started: float, first: int):
+        self.config, self.started = config, started
+        self.tokens_per_step = config.batch_size * config.seq_len
+        peak = flops.peak(devices[0].device_kind, config.compute.dtype)
+        self.peak = peak and peak * len(devices) / plan.flops_per_token  # tokens/s at 100 % MFU
+        self.device, self.last = devices[0], first
+        self.restart()
+
+    def restart(self) -> None:
+        self.clock, self.idle, self.waited = time.perf_counter(), 0.0, 0.0
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time in here is not training time."""
+        began = time.perf_counter()
+        yield
+        self.idle += time.perf_counter() - began
+
+    def flush(self, pending, log: RunLog, loader: Loader) -> None:
+        """Waits for the metrics of one step, checks them, and logs them where the step is due."""
+        if pending is None:
+            return
+        step, metrics = pending
+        values = {name: float(s) / float(w) for name, (s, w) in jax.device_get(metrics).items() if w > 0}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values.get(name, 0.0)):
+                raise NonFiniteError(f"step {step}: {name} is {values[name]}; nothing of it was saved; lower "
+                                     "optim.learning_rate or set optim.clip_norm, and run the same command again")
+        if values["weight"] == 0:
+            raise DataError(f"step {step}: every target of the batch has weight 0, so there is nothing to learn "
+                            "from; look at the data with `lmjax data inspect` and at objective.goldfish.k")
+        if step % self.config.log.every and step not in (1, self.config.steps):
+            return
+        now = time.perf_counter()
+        seconds = max(now - self.clock - self.idle, 1e-9)
+        rate = (step - self.last) * self.tokens_per_step / seconds
+        values["targets"] = values.pop("weight")
+        log.train(step, values | {
+            "tokens": step * self.tokens_per_step, "tokens_per_second": rate,
+            "mfu": self.peak and rate / self.peak, "memory_bytes": memory_bytes(self.device),
+            "data_wait": min((loader.waited - self.waited) / seconds, 1.0), "seconds": now - self.started})
+        self.clock, self.idle, self.waited, self.last = now, 0.0, loader.waited, step
+
+
+def memory_bytes(device: jax.Device) -> int:
+    """Peak bytes on the device, or of this process where the device is the CPU."""
+    stats = device.memory_stats() or {}
+    scale = 1 if sys.platform == "darwin" else 1024
+    return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def compile_step(train_step, state, batch, log: RunLog):
+    """The step compiled ahead of its first call, so that compile time is told and paid once."""
+    began = time.perf_counter()
+    with jax.transfer_guard("allow"):
+        compiled = train_step.lower(state, batch).compile()
+    analysis = compiled.memory_analysis()
+    temp = f", {format_bytes(analysis.temp_size_in_bytes)} of temporaries a device" if analysis else ""
+    log.say(f"compiled in {format_duration(time.perf_counter() - began)}{temp}")
+    return compiled
+
+
+def sample_texts(config: RunConfig, model_def, params, tokenizer, step: int) -> list[tuple[str, str]]:
+    """(prompt, continuation) for each of evals.prompts; a function of (seed, step)."""
+    if not config.evals.prompts:
+        return []
+    prompts = [np.concatenate([[tokenizer.bos_id], tokenizer.encode(p)]) for p in config.evals.prompts]
+    outs = generate(model_def, params, prompts, config.evals.sample, seed=config.seed + step,
+                    vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+    return [(p, tokenizer.decode(out)) for p, out in zip(config.evals.prompts, outs, strict=True)]
+
+
+def data_fingerprints(corpus: Corpus) -> dict:
+    """What must be equal for a run to be continued on this data."""
+    return {"fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.name,
+            "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
+            "tokenizer_size": corpus.tokenizer.vocab_size}
+
+
+def environment(devices) -> dict:
+    return versions() | {"devices": f"{len(devices)} x {devices[0].device_kind}", "platform":
+                         platform.platform(), "processes": jax.process_count(), "cpus": os.cpu_count()}
+
+
+# ---- The run folder ------------------------------------------------------------------------------------
+
+
+def open_folder(folder: Path) -> None:
+    """Makes the run folder, or refuses one that is not a run's or cannot be written."""
+    try:
+        if folder.exists() and (not folder.is_dir() or (
+                any(folder.iterdir()) and not (folder / "config.json").exists()
+                and not (folder / "run.lock").exists())):
+            raise CheckpointError(f"{folder}: exists and is not a run of lmjax; give this run another name "
+                                  "(--name=…) or move it away")
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error.strerror}); check its permissions and the "
+                              "free space, or set --run_root=…") from None
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path):
+    """Holds the run folder for this process; the operating system lets go of it however the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    with open(folder / "run.lock", "w") as lock:
+        if jax.process_index() == 0:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise CheckpointError(f"{folder}: another process is training in it; wait for it, or give this "
+                                      "run another name (--name=…)") from None
+        yield
+
+
+# ---- Words ---------------------------------------------------------------------------------------------
+
+
+def say_preparing(text: str) -> None:
+    print(text, flush=True)
+
+
+def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Batches, devices) -> None:
+    """The card at the start of a run: what runs where, and why."""
+    platform_name = devices[0].platform
+    attention, why = choose_attention(config.compute.attention, config.seq_len, platform_name)
+    peak = flops.peak(devices[0].device_kind, config.compute.dtype)
+    mfu = "MFU against its bfloat16 peak" if peak else "MFU n/a: its peak in this dtype is not known"
+    goldfish = config.objective.goldfish
+    log.say("\n".join([
+        f"lmjax {versions()['lmjax']}  jax {versions()['jax']}  run folder {config.folder}",
+        f"devices      {len(devices)} x {devices[0].device_kind} ({platform_name}); {mfu}",
+        describe(plan, config),
+        f"compute      {config.compute.dtype}, remat {config.compute.remat}, attention {attention} ({why})",
+        f"data         {batches.rows_per_epoch:,} training rows, "
+        f"{config.steps * config.batch_size / batches.rows_per_epoch:.2f} epochs; tokenizer "
+        f"{corpus.tokenizer.name} ({corpus.tokenizer.vocab_size:,} tokens)",
+        f"objective    goldfish {goldfish.strategy}"
+        + (f", one target in {goldfish.k} dropped" if goldfish.strategy != "none" else ""),
+        "",
+        parameter_table(plan),
+        "",
+    ]))
+
+
+def say_resume(log: RunLog, config: RunConfig, saved_meta: dict, first: int) -> None:
+    """Says where a run continues, and which free settings differ from when it was saved."""
+    log.say(f"continuing from step {first}")
+    saved, now = saved_meta["config"], to_json(config)
+    for name in ("steps", "mesh", "compute"):
+        if saved[name] != now[name]:
+            meaning = ("the schedule now ends there" if name == "steps"
+                       else "the run goes on within rounding, not bit for bit")
+            log.say(f"{name} was {saved[name]} and is {now[name]}: {meaning}")
+    old = saved_meta["versions"]
+    changed = [f"{k} {old.get(k)} -> {v}" for k, v in versions().items() if old.get(k) != v]
+    if changed:
+        log.say(f"versions differ ({', '.join(changed)}): the run goes on within rounding, not bit for bit")
+
+
+def dry_run(config: RunConfig, num_devices: int) -> str:
+    """The resolved config, mesh, shardings, bytes and FLOPs, with nothing allocated and no data prepared."""
+    import json
+
+    from lmjax.axes import abstract_mesh
+    from lmjax.data import load_tokenizer
+
+    validate(config, num_devices)
+    name = config.data.tokenizer
+    size = config.data.bpe_vocab_size if name == "bpe" else load_tokenizer(name).vocab_size
+    config = fit_vocabulary(config, name, size)
+    plan = make_plan(config, make_optimizer(config.optim, config.steps)[0], abstract_mesh(config.mesh, num_devices))
+    return "\n".join([json.dumps(to_json(config), indent=2), "", describe(plan, config), "",
+                      parameter_table(plan)])
+
+

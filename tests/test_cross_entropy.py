@@ -1,0 +1,152 @@
+"""The chunked loss against float64 formulas, the naive loss, and known-wrong variants of itself."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmjax.axes import MeshConfig, make_mesh
+from lmjax.losses import cross_entropy as module
+from lmjax.losses.cross_entropy import cross_entropy, naive_cross_entropy
+
+B, T, D, V = 3, 37, 16, 101
+ALL = {"z_loss": 1e-2, "label_smoothing": 0.1, "softcap": 5.0}
+TERMS = [{}, {"z_loss": 1e-2}, {"label_smoothing": 0.1}, {"softcap": 5.0}, ALL]
+
+
+def inputs(scale: float = 1.0):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(B, T, D)).astype(np.float32)
+    head = (scale * rng.normal(size=(V, D))).astype(np.float32)
+    targets = rng.integers(0, V, (B, T)).astype(np.int32)
+    weights = (rng.random((B, T)) > 0.3).astype(np.float32) * rng.uniform(0.5, 2, (B, T)).astype(np.float32)
+    return x, head, targets, weights
+
+
+def float64_reference(x, head, targets, weights, z_loss=0.0, label_smoothing=0.0, softcap=0.0):
+    """(sum, dx, dhead) by the formulas of the module's docstring, in float64, written out with loops' algebra."""
+    x, head, w = x.astype(np.float64), head.astype(np.float64), weights.astype(np.float64)
+    raw = x @ head.T
+    z = softcap * np.tanh(raw / softcap) if softcap else raw
+    top = z.max(-1, keepdims=True)
+    lse = (top + np.log(np.exp(z - top).sum(-1, keepdims=True)))[..., 0]
+    zy = np.take_along_axis(z, targets[..., None], -1)[..., 0]
+    loss = (1 - label_smoothing) * (lse - zy) + label_smoothing * (lse - z.mean(-1)) + z_loss * lse**2
+    hot = np.eye(head.shape[0])[targets]
+    dz = np.exp(z - lse[..., None]) * (1 + 2 * z_loss * lse[..., None])
+    dz += -label_smoothing / head.shape[0] - (1 - label_smoothing) * hot
+    dz *= w[..., None]
+    if softcap:
+        dz *= 1 - (z / softcap) ** 2
+    return (w * loss).sum(), dz @ head, np.einsum("btv,btd->vd", dz, x)
+
+
+def chunked(x, head, targets, weights, chunk=5, **terms):
+    """(sum, dx, dhead) with about `chunk` columns at a time; 37 columns do not divide evenly."""
+    f = functools.partial(cross_entropy, chunk_bytes=4 * V * B * chunk, **terms)
+    value, grads = jax.jit(jax.value_and_grad(lambda x, h: f(x, h, targets, weights)[0], (0, 1)))(x, head)
+    return value, *grads
+
+
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_value_and_gradients_equal_float64(terms, chunk):
+    args = inputs()
+    for ours, exact in zip(chunked(*args, chunk=chunk, **terms), float64_reference(*args, **terms), strict=True):
+        assert np.abs(np.asarray(ours) - exact).max() <= 2e-6 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("wrong", TERMS[1:])
+def test_leaving_a_term_out_would_be_seen(wrong):
+    args = inputs()
+    exact = float64_reference(*args, **wrong)
+    for ours, right in zip(chunked(*args), exact, strict=True):
+        assert np.abs(np.asarray(ours) - right).max() > 1e-3 * np.abs(right).max()
+
+
+def test_naive_agrees_and_second_result_is_pure_cross_entropy():
+    x, head, targets, weights = inputs()
+    total, nll = cross_entropy(x, head, targets, weights, chunk_bytes=4 * V * B * 4, **ALL)
+    naive_total, naive_nll = naive_cross_entropy(x, head, targets, weights, **ALL)
+    np.testing.assert_allclose(total, naive_total, rtol=1e-6)
+    np.testing.assert_allclose(nll, naive_nll, rtol=1e-5, atol=1e-6)
+    assert nll.shape == (B, T)
+    pure = float64_reference(x, head, targets, np.ones_like(weights), softcap=ALL["softcap"])[0]
+    np.testing.assert_allclose(np.sum(nll), pure, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_bfloat16_inputs_keep_float32_logits(scale):
+    """f32 inputs cannot show a bfloat16 logit; large logits in bfloat16 inputs can."""
+    x, head, targets, weights = inputs(scale)
+    xb, hb = jnp.asarray(x, jnp.bfloat16), jnp.asarray(head, jnp.bfloat16)
+    exact = float64_reference(*(np.asarray(a, np.float64) for a in (xb, hb)), targets, weights)
+    total, dx, dhead = chunked(xb, hb.astype(jnp.float32), targets, weights)
+    assert abs(float(total) - exact[0]) <= 1e-5 * abs(exact[0])
+    for ours, right in ((dx, exact[1]), (dhead, exact[2])):
+        assert np.abs(np.asarray(ours, np.float64) - right).max() <= 1e-2 * np.abs(right).max()
+    # The known-wrong way: logits rounded to bfloat16 before the softmax.
+    z = jnp.einsum("btd,vd->btv", xb, hb)
+    wrong = -jnp.sum(weights * jnp.take_along_axis(
+        jax.nn.log_softmax(z.astype(jnp.float32)), targets[..., None], -1)[..., 0])
+    assert abs(float(wrong) - exact[0]) > 1e-5 * abs(exact[0])
+
+
+def test_labels_out_of_range_and_zero_weights_are_silent():
+    x, head, targets, weights = inputs()
+    bad = targets.copy()
+    bad[0, :5], bad[1, :5] = -100, V + 7
+    silenced = weights.copy()
+    silenced[:2, :5] = 0
+    for a, b in zip(chunked(x, head, bad, weights), chunked(x, head, targets, silenced), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    for value in chunked(x, head, targets, np.zeros_like(weights)):
+        assert np.all(np.asarray(value) == 0)
+
+
+def test_upstream_scale_reaches_the_gradient():
+    x, head, targets, weights = inputs()
+    once = jax.grad(lambda h: cross_entropy(x, h, targets, weights)[0])(head)
+    scaled = jax.grad(lambda h: 0.25 * cross_entropy(x, h, targets, weights)[0])(head)
+    np.testing.assert_allclose(scaled, 0.25 * once, rtol=1e-6, atol=1e-9)
+
+
+def test_vocabulary_is_never_whole():
+    """No array of [tokens, V] or larger in the compiled gradient; the naive loss has one."""
+    x, head, targets, weights = inputs()
+
+    def biggest(f):
+        jaxpr = jax.make_jaxpr(jax.grad(lambda x, h: f(x, h, targets, weights)[0], (0, 1)))(x, head)
+        sizes = []
+        def walk(j):
+            for eqn in j.eqns:
+                sizes.extend(v.aval.size for v in eqn.outvars if hasattr(v.aval, "size"))
+                for value in jax.tree.leaves(list(eqn.params.values()),
+                                             is_leaf=lambda v: hasattr(v, "jaxpr") or hasattr(v, "eqns")):
+                    if hasattr(value, "jaxpr"):
+                        walk(value.jaxpr)
+                    elif hasattr(value, "eqns"):
+                        walk(value)
+        walk(jaxpr.jaxpr)
+        return max(sizes)
+
+    assert biggest(functools.partial(cross_entropy, chunk_bytes=4 * V * B * 4)) < B * T * V / 5
+    assert biggest(naive_cross_entropy) >= B * T * V
+
+
+def test_split_vocabulary_and_rows_give_the_same(monkeypatch):
+    x, head, targets, weights = inputs()
+    x, targets, weights = (np.concatenate([a, a[:1]]) for a in (x, targets, weights))  # 4 rows
+    head = head[:100]
+    targets = targets % 100
+    right = chunked(x, head, targets, weights, **ALL)
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    seen = []
+    original = module.constrain
+    monkeypatch.setattr(module, "constrain", lambda a, s: (seen.append(s), original(a, s))[1])
+    with jax.set_mesh(mesh):
+        for ours, exact in zip(chunked(x, head, targets, weights, **ALL), right, strict=True):
+            np.testing.assert_allclose(ours, exact, rtol=2e-5, atol=1e-6)
+    assert "BTV" in seen
