@@ -74,14 +74,18 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(saved: dict, wanted: dict) -> list[str]:
-    """What stops the saved run from being continued: one line for each field, with both values."""
+    """What stops the saved run from being continued: one line for each field, with both values.
+
+    Where the corpus itself is the same, how the config names it (a moved file, say) does not matter.
+    """
     a, b = flatten(saved), flatten(wanted)
+    free = (*FREE, "data") if saved.get("corpus") == wanted.get("corpus") else FREE
     lines = []
     for name in sorted(a.keys() | b.keys()):
         bare = name.removeprefix("config.")
         if name.startswith("versions.") or name == "step":
             continue
-        if any(bare == free or bare.startswith(free + ".") for free in FREE):
+        if any(bare == f or bare.startswith(f + ".") for f in free):
             continue
         if a.get(name) != b.get(name):
             lines.append(f"{bare}: the checkpoint has {a.get(name, 'nothing')!r}, "
@@ -129,7 +133,7 @@ class Checkpoints:
         """Starts a save and returns once the arrays are copied; waits for the save before it."""
         with self._storage(step):
             self.manager.save(step, args=ocp.args.Composite(
-                state=ocp.args.StandardSave(to_dict(state)),
+                state=ocp.args.PyTreeSave(to_dict(state)),
                 meta=ocp.args.JsonSave({"format": FORMAT, "step": step, **meta})))
 
     def wait(self) -> None:

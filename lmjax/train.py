@@ -5,8 +5,8 @@ randomness are functions of (config, seed, step), so continuing is `restore` and
 """
 
 import contextlib
-import dataclasses
 import functools
+import json
 import math
 import os
 import platform
@@ -19,15 +19,15 @@ import jax
 import numpy as np
 
 from lmjax import flops
-from lmjax.axes import make_mesh
-from lmjax.checkpoint import Checkpoints, abstract, differences, save_json, versions
+from lmjax.axes import abstract_mesh, make_mesh
+from lmjax.checkpoint import Checkpoints, abstract, save_json, versions
 from lmjax.config import RunConfig, fit_vocabulary, to_json, validate
-from lmjax.data import Batches, Corpus, prepare_all, validation_batches
+from lmjax.data import Batches, Corpus, Progress, load_tokenizer, prepare_all, validation_batches
 from lmjax.decode.generate import generate
 from lmjax.errors import CheckpointError, DataError, NonFiniteError
 from lmjax.evals.perplexity import evaluate, make_eval_step
 from lmjax.loader import Loader
-from lmjax.log import RunLog, format_bytes, format_duration, read_metrics, summary
+from lmjax.log import RunLog, format_bytes, format_count, format_duration, read_metrics, summary
 from lmjax.models import Decoder
 from lmjax.nn.attention import choose_attention
 from lmjax.objectives import pretrain
@@ -70,7 +70,7 @@ def train(config: RunConfig) -> Path:
         plan = make_plan(config, tx, mesh)
 
         # ---- State: restored, or born on the mesh -----------------------------------------------------
-        meta = {"config": to_json(config), "versions": versions(), "data": data_fingerprints(corpus)}
+        meta = {"config": to_json(config), "versions": versions(), "corpus": corpus_fingerprints(corpus)}
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint))
         placed = shardings(plan.state, mesh)
         restored = checkpoints.restore_latest(abstract(plan.state, placed), meta)
@@ -230,10 +230,9 @@ def sample_texts(config: RunConfig, model_def, params, tokenizer, step: int) -> 
     return [(p, tokenizer.decode(out)) for p, out in zip(config.evals.prompts, outs, strict=True)]
 
 
-def data_fingerprints(corpus: Corpus) -> dict:
+def corpus_fingerprints(corpus: Corpus) -> dict:
     """What must be equal for a run to be continued on this data."""
-    return {"fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.name,
-            "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
+    return {"fingerprint": corpus.fingerprint, "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
             "tokenizer_size": corpus.tokenizer.vocab_size}
 
 
@@ -283,8 +282,13 @@ def lock_folder(folder: Path):
 # ---- Words ---------------------------------------------------------------------------------------------
 
 
-def say_preparing(text: str) -> None:
-    print(text, flush=True)
+def say_preparing(done: Progress) -> None:
+    """One line that rewrites itself on a terminal, and nothing in a log until the corpus is whole."""
+    share = f"{done.bytes / done.total_bytes:.0%}  " if done.total_bytes else ""
+    finished = done.bytes == done.total_bytes
+    if sys.stdout.isatty() or finished:
+        print(f"\rpreparing data  {share}{done.documents:,} documents, {format_count(done.tokens)} tokens",
+              end="\n" if finished else "", flush=True)
 
 
 def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Batches, devices) -> None:
@@ -327,11 +331,6 @@ def say_resume(log: RunLog, config: RunConfig, saved_meta: dict, first: int) -> 
 
 def dry_run(config: RunConfig, num_devices: int) -> str:
     """The resolved config, mesh, shardings, bytes and FLOPs, with nothing allocated and no data prepared."""
-    import json
-
-    from lmjax.axes import abstract_mesh
-    from lmjax.data import load_tokenizer
-
     validate(config, num_devices)
     name = config.data.tokenizer
     size = config.data.bpe_vocab_size if name == "bpe" else load_tokenizer(name).vocab_size

@@ -1,9 +1,15 @@
 """What several tests share: tiny models, made-up batches, and a train step on a mesh."""
 
 import functools
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from lmjax.axes import MeshConfig, make_mesh
 from lmjax.loader import to_global
@@ -12,6 +18,9 @@ from lmjax.objectives import pretrain
 from lmjax.optim import OptimConfig, make_optimizer
 from lmjax.state import graphdef, init_state, make_init
 from lmjax.step import make_train_step
+from lmjax.tree import named_leaves
+
+ROOT = Path(__file__).resolve().parent.parent
 
 TINY = DecoderConfig(vocab_size=64, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, max_seq_len=64,
                      qk_norm=True)
@@ -54,3 +63,58 @@ def run_steps(mesh: MeshConfig, num_devices: int, *, steps: int = 3, accumulate:
             state, metrics = train_step(state, to_global(batch, slice(0, rows), built, rows))
             history.append({k: float(s) / max(float(w), 1e-9) for k, (s, w) in metrics.items()})
     return first, state, history
+
+
+# ---- whole runs, through the command line ---------------------------------------------------------------
+
+CONFIG = '''
+from lmjax.config import *
+
+def get_config():
+    return RunConfig(
+        name="tiny", run_root={root!r}, steps=40, batch_size=8, seq_len=32,
+        model=DecoderConfig(num_layers=2, d_model=32, num_heads=4, max_seq_len=64),
+        objective=PretrainConfig(GoldfishConfig("hash", k=3, context=4)),
+        data=DataConfig(sources=(SourceConfig("text", {text!r}),), validation_fraction=0.2,
+                        cache_dir={cache!r}, workers=1),
+        optim=OptimConfig(learning_rate=1e-2, warmup_steps=5),
+        evals=EvalConfig(every=20, batches=2, prompts=("the ",), sample=SampleConfig(max_new_tokens=8)),
+        checkpoint=CheckpointConfig(every=4, keep=2), log=LogConfig(every=1),
+    )
+'''
+
+WORDS = "the a model learns what it reads and forgets what it never saw again under some loss".split()
+
+
+def write_corpus(folder: Path, documents: int = 40) -> None:
+    """Small text files of real words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(documents):
+        (folder / f"{i:03}.txt").write_text(" ".join(rng.choice(WORDS, rng.integers(20, 120))) + ".\n")
+
+
+def write_config(folder: Path) -> Path:
+    """A config file in `folder` whose corpus, cache and runs are below it too."""
+    write_corpus(folder / "text")
+    path = folder / "tiny.py"
+    path.write_text(CONFIG.format(root=str(folder / "runs"), text=str(folder / "text"),
+                                  cache=str(folder / "data")))
+    return path
+
+
+def command(config: Path, *args: str, devices: int = 2, **kwargs) -> subprocess.Popen:
+    """`lmjax train` in a process of its own, on fake CPU devices."""
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                        "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-m", "lmjax", "train", str(config), *args], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=config.parent, **kwargs)
+
+
+def state_hash(run: Path, step: int) -> str:
+    """SHA-256 of every array of a checkpoint, in order of their names: weights and optimizer state."""
+    arrays = ocp.PyTreeCheckpointer().restore((run / "checkpoints" / str(step) / "state").absolute())
+    digest = hashlib.sha256()
+    for name, leaf in sorted(named_leaves(arrays).items()):
+        digest.update(name.encode() + np.asarray(leaf).tobytes())
+    return digest.hexdigest()

@@ -143,7 +143,7 @@ def resolve_tokenizer(cfg: DataConfig, keys: list[str] | None = None) -> Tokeniz
     name = f"bpe{cfg.bpe_vocab_size}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}"
     path = Path(cfg.cache_dir) / "tokenizers" / f"{name}.json"
     if path.is_file():
-        return load_tokenizer(str(path))
+        return _stored_bpe(path, cfg.bpe_vocab_size)
     trained = train_bpe(_training_text(texts, cfg.validation_fraction), cfg.bpe_vocab_size)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,16 +151,22 @@ def resolve_tokenizer(cfg: DataConfig, keys: list[str] | None = None) -> Tokeniz
         raise DataError(f"{path.parent}: cannot be made ({error.strerror}); choose another "
                         "cache_dir") from None
     write_atomically(path, trained.to_json().encode())
-    return load_tokenizer(str(path))
+    return _stored_bpe(path, cfg.bpe_vocab_size)
+
+
+def _stored_bpe(path: Path, vocab_size: int) -> Tokenizer:
+    tokenizer = load_tokenizer(str(path))
+    tokenizer.name = f"bpe{vocab_size}"
+    return tokenizer
 
 
 class Batches:
     """Random access to the batches of a split; nothing is remembered between calls.
 
     Each source is shuffled over all of its rows, with a new permutation every epoch, and repeated without
-    end; sources are interleaved by weight (exact to 1% of the smallest weight). Built from Grain's MapDataset, so
-    row r of step s is always the same whoever asks for it: hosts that take different rows of a step together
-    hold exactly the batch that one host would.
+    end; sources are interleaved by weight (exact to 1% of the smallest weight). Built from Grain's
+    MapDataset, so row r of step s is always the same whoever asks for it: hosts that take different rows of
+    a step together hold exactly the batch that one host would.
 
     DataError: batch_size < 1, a seed outside [0, 2^32), or a source without tokens in the split.
     """
@@ -217,7 +223,6 @@ def validation_batches(
     never change and the weights of a source sum to its tokens - documents. `limit_batches` > 0 takes that
     many batches of each source, spread evenly over it. `rows` is this host's part of each batch. DataError:
     none of the sources has held-out tokens.
-    """
     """
     chosen = range(len(corpus.folders)) if source is None else [source]
     streams = [Tokens(corpus.folders[index], "validation", corpus.manifests[index]) for index in chosen]

@@ -56,10 +56,14 @@ _ENCODE_BYTES = 256 << 10  # text given to the tokenizer at once: bounds memory 
 
 @dataclass(frozen=True)
 class Progress:
-    """Finished so far. `kept` counts shards found finished; `total_bytes` is 0 where it cannot be known."""
+    """Finished so far. `kept` counts shards found finished, which `new_tokens` (for a rate) leaves out.
+
+    `total_bytes` is 0 where it cannot be known.
+    """
 
     documents: int
     tokens: int
+    new_tokens: int
     bytes: int
     total_bytes: int
     kept: int
@@ -179,7 +183,8 @@ def _check_folder(out: Path) -> None:
         raise DataError(f"{out}: is a file; choose a folder")
     if out.is_dir() and not (out / MANIFEST).exists() and not (out / PROGRESS).exists():
         ours = (".lock", "tokenizer.json", "tokenizer_config.json", "files.json")
-        names = sorted(path.name for path in out.iterdir() if path.name not in ours and ".tmp" not in path.name)
+        names = (path.name for path in out.iterdir())
+        names = sorted(name for name in names if name not in ours and ".tmp" not in name)
         if names:
             raise DataError(f"{out}: holds other files ({', '.join(names[:3])}); choose an empty or new "
                             "folder")
@@ -238,7 +243,8 @@ def _finish(out: Path, identity: dict[str, Any], source: SourceConfig, tokenizer
     manifest = Manifest(
         format=FORMAT, source=described, identity=identity,
         tokenizer={"name": tokenizer.name, "fingerprint": tokenizer.fingerprint,
-                   "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
+                   "vocab_size": tokenizer.vocab_size,
+                   "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
         dtype=_dtype(tokenizer).name, splits=splits, skipped=skipped,
         fingerprint=manifest_fingerprint(tokenizer.fingerprint, splits),
     )
@@ -262,23 +268,25 @@ def _make_shards(
     threshold = holdout_threshold(source, validation_fraction)
     exact = source.kind in ("pystdlib", "text")
     total = sum(file.size for file in source_files(source)) if exact else 0
-    kept, began = len(records), time.monotonic()
+    old, began = set(records), time.monotonic()
     needed: set[str] = set()
+    done: Counter[str] = Counter()
 
-    def report() -> None:
+    def count(shard: Shard) -> None:
+        done.update(documents=shard.documents, tokens=shard.tokens, bytes=shard.bytes,
+                    new=0 if shard.file in old else shard.tokens)
         if progress is not None:
-            done = [shard for file, shard in records.items() if file in needed]
-            progress(Progress(sum(shard.documents for shard in done), sum(shard.tokens for shard in done),
-                              sum(shard.bytes for shard in done), total, kept, time.monotonic() - began))
+            progress(Progress(done["documents"], done["tokens"], done["new"], done["bytes"], total, len(old),
+                              time.monotonic() - began))
 
     def missing() -> Iterator[_Plan]:
         for plan in _plans(source, threshold, shard_bytes, skipped):
             file = _shard_name(plan.split, plan.index)
             needed.add(file)
-            if file not in records:
-                yield plan
+            if file in old:
+                count(records[file])
             else:
-                report()
+                yield plan
 
     with (out / PROGRESS).open("ab") as log:
         for shard in _run(missing(), tokenizer, out, workers or _cores()):
@@ -286,7 +294,7 @@ def _make_shards(
             log.write((json.dumps(asdict(shard)) + "\n").encode())
             log.flush()
             os.fsync(log.fileno())
-            report()
+            count(shard)
     for file in set(records) - needed:
         del records[file]
     return dict(sorted(skipped.items()))

@@ -201,7 +201,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     path = Path(name).expanduser()
     if path.exists():
         path = _tokenizer_file(path)
-        return tokenizer_from_json(_read_definition(path), _short_name(path), _read_config(path.parent))
+        return tokenizer_from_json(_read_definition(path), _short_name(path), _read_config(path.parent), str(path))
     looks_like_path = path.is_absolute() or name.startswith((".", "~")) or name.endswith(".json")
     if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise DataError(f"tokenizer {name!r}: no such file; give \"bytes\", the path of a tokenizer.json or "
@@ -210,14 +210,17 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def tokenizer_from_json(definition: str | dict[str, Any], name: str = "",
-                        config: dict[str, Any] | None = None) -> Tokenizer:
-    """The tokenizer that `to_json` described. The byte tokenizer's own definition gives a ByteTokenizer."""
+                        config: dict[str, Any] | None = None, where: str = "") -> Tokenizer:
+    """The tokenizer that `to_json` described; the byte tokenizer's own definition gives a ByteTokenizer.
+
+    `config` is the content of a tokenizer_config.json, `where` the place that errors name.
+    """
     parsed = json.loads(definition) if isinstance(definition, str) else definition
     if parsed == _byte_definition():
         return ByteTokenizer()
     tokenizer = HFTokenizer.__new__(HFTokenizer)
     tokenizer.name = name or str(parsed["model"].get("type", "hf")).lower()
-    tokenizer._load(parsed, config or {}, f"tokenizer {name or 'definition'}")
+    tokenizer._load(parsed, config or {}, where or f"tokenizer {name or 'definition'}")
     return tokenizer
 
 

@@ -1,0 +1,175 @@
+"""The decoder: causality and document masks by gradient, equal attention forms, windows, cache, import use."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import TINY
+
+from lmjax.models import ComputeConfig, Decoder, DecoderConfig
+from lmjax.models import decoder as module
+from lmjax.nn.attention import blockwise_attention, causal_mask, reference_attention
+
+KINDS = {
+    "plain": TINY,
+    "window": dataclasses.replace(TINY, windows=(5,)),
+    "local-global": dataclasses.replace(TINY, num_layers=5, windows=(5, 0), rope_local_theta=500.0),
+    "gpt2": dataclasses.replace(TINY, norm="layernorm", positions="learned", gated=False, biases=True,
+                                activation="gelu_tanh", num_kv_heads=4, qk_norm=False),
+    "gemma": dataclasses.replace(TINY, post_norms=True, attention_softcap=20.0, logit_softcap=10.0,
+                                 scale_embed=True, num_kv_heads=1),
+    "untied-relu2": dataclasses.replace(TINY, tied=False, activation="relu2", gated=False),
+}
+
+
+def tokens(rows=2, length=24, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 64, (rows, length)), jnp.int32)
+
+
+def influence(model, ids, segments=None):
+    """bool [T, T]: does the embedding at position s change the logits at position t? By gradient."""
+    def probe(noise_TD, t):
+        original = Decoder._embed
+        Decoder._embed = lambda self, tok, pos: original(self, tok, pos) + noise_TD[None]
+        try:
+            return jnp.sum(jnp.sin(model(ids, segments)[0, t]))
+        finally:
+            Decoder._embed = original
+    T, D = ids.shape[1], model.config.d_model
+    grads = jax.jit(jax.vmap(jax.grad(probe), (None, 0)))(jnp.zeros((T, D)), jnp.arange(T))
+    return np.abs(np.asarray(grads)).max(-1) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attention", ["reference", "blockwise"])
+def test_causal_by_gradient(kind, attention):
+    model = Decoder(KINDS[kind], compute=ComputeConfig(attention=attention))
+    seen = influence(model, tokens(1))
+    right = np.tril(np.ones((24, 24), bool))
+    if kind == "window":  # two layers of window 5 reach 8 tokens back
+        right &= ~np.tril(right, -9)
+    np.testing.assert_array_equal(seen, right)
+
+
+@pytest.mark.parametrize("attention", ["reference", "blockwise"])
+def test_packed_documents_never_see_each_other(attention):
+    segments = jnp.asarray(np.repeat([1, 2, 3], [9, 4, 11])[None])
+    model = Decoder(TINY, compute=ComputeConfig(attention=attention))
+    right = np.tril(np.ones((24, 24), bool)) & (np.asarray(segments[0])[:, None] == np.asarray(segments[0]))
+    np.testing.assert_array_equal(influence(model, tokens(1), segments), right)
+    assert (influence(model, tokens(1)) != right).any(), "without segments the documents do see each other"
+
+
+def test_a_leaky_mask_would_be_seen(monkeypatch):
+    """The known-wrong causal mask, off by one, must fail the causality test."""
+    from lmjax.nn import attention
+
+    monkeypatch.setattr(attention, "causal_mask",
+                        lambda q, k, window=0: q[:, None] - k[None, :] >= -1)
+    seen = influence(Decoder(TINY, compute=ComputeConfig(attention="reference")), tokens(1))
+    assert np.triu(seen, 1).any()
+
+
+def test_packed_equals_separate():
+    """Logits of documents packed in a row are those of each document alone."""
+    ids = tokens(1)
+    segments = jnp.asarray(np.repeat([1, 2], [10, 14])[None])
+    positions = jnp.asarray(np.concatenate([np.arange(10), np.arange(14)])[None])
+    for kind, config in KINDS.items():
+        model = Decoder(config)
+        packed = model(ids, segments, positions)
+        alone = jnp.concatenate([model(ids[:, :10]), model(ids[:, 10:])], axis=1)
+        np.testing.assert_allclose(packed, alone, atol=3e-5, err_msg=kind)
+    wrong = Decoder(KINDS["gpt2"])
+    assert np.abs(wrong(ids, segments) - wrong(ids, segments, positions)).max() > 1e-3, "positions must restart"
+
+
+@pytest.mark.parametrize("window", [0, 3, 40])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_blockwise_equals_reference_with_gradients(window, softcap):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 50, n, 8)), jnp.float32) for n in (4, 2, 2))
+    segments = jnp.asarray(np.repeat([1, 2, 3], [20, 5, 25])[None].repeat(2, 0))
+    index = jnp.arange(50)
+    mask = causal_mask(index, index, window)[None] & (segments[:, :, None] == segments[:, None])
+
+    def both(f):
+        return jax.value_and_grad(lambda q, k, v: jnp.sum(jnp.cos(f(q, k, v))), (0, 1, 2))(q, k, v)
+
+    right = both(lambda q, k, v: reference_attention(q, k, v, mask, scale=0.3, softcap=softcap))
+    ours = both(lambda q, k, v: blockwise_attention(q, k, v, segments, scale=0.3, softcap=softcap,
+                                                    window=window, block=16))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cache_equals_the_whole_row(kind):
+    """Prefill of prompts of unequal length, then single steps, against the full forward pass."""
+    model, ids = Decoder(KINDS[kind]), tokens(2)
+    full = model(ids)
+    pad = 4  # the second row is a prompt that is 4 tokens shorter, padded on the left
+    padded = jnp.stack([ids[0], jnp.concatenate([jnp.zeros(pad, jnp.int32), ids[1, :-pad]])])
+    valid = jnp.ones_like(ids, bool).at[1, :pad].set(False)
+    cache = model.new_cache(2, 24)
+    outs = []
+    for start, stop in ((0, 15), (15, 16), (16, 24)):
+        hidden, cache = model.extend(padded[:, start:stop], valid[:, start:stop], cache)
+        outs.append(model.logits(hidden))
+    outs = jnp.concatenate(outs, axis=1)
+    np.testing.assert_allclose(outs[0], full[0], atol=3e-5)
+    np.testing.assert_allclose(outs[1, pad:], full[1, :-pad], atol=3e-5)
+
+
+def test_weights_do_not_depend_on_compute_and_do_on_seed():
+    a, b = Decoder(TINY, 0), Decoder(TINY, 0, ComputeConfig("bfloat16", "full", "blockwise"))
+    assert np.array_equal(a.embed_VD[...], b.embed_VD[...])
+    assert not np.array_equal(a.embed_VD[...], Decoder(TINY, 1).embed_VD[...])
+    layers = np.asarray(a.blocks.attention.q_DNH[...])
+    assert not np.array_equal(layers[0], layers[1]), "layers must be born different"
+    assert b(tokens()).dtype == jnp.float32
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    ids = tokens(8, 24)
+    for kind, config in KINDS.items():
+        logp = jax.nn.log_softmax(Decoder(config)(ids[:, :-1]))
+        loss = -np.mean(np.take_along_axis(np.asarray(logp), np.asarray(ids[:, 1:, None]), -1))
+        assert loss == pytest.approx(np.log(64), rel=0.25), kind
+
+
+def test_problems_are_all_found_at_once():
+    bad = DecoderConfig(num_layers=0, norm="rms", activation="swish", windows=(), rope_theta=-1.0)
+    assert len(bad.problems()) == 5
+    assert any("num_kv_heads=3" in p for p in dataclasses.replace(TINY, num_kv_heads=3).problems())
+    assert not TINY.problems()
+
+
+def test_config_is_small():
+    assert len(dataclasses.fields(DecoderConfig)) <= 25
+    assert len(module.__doc__) > 200
+
+
+def test_research_use_in_both_nnx_modes():
+    """The README's five lines, under plain jit and grad, in graph mode and in NNX's coming tree mode."""
+    code = """
+import jax, jax.numpy as jnp
+from lmjax.models import Decoder, DecoderConfig
+model = Decoder(DecoderConfig(vocab_size=64, num_layers=3, d_model=32, windows=(4, 0)))
+tokens = jnp.arange(16).reshape(2, 8)
+logits = jax.jit(lambda m, t: m(t))(model, tokens)
+grads = jax.grad(lambda m: m(tokens).var())(model)
+print(float(abs(logits).sum()), float(abs(grads.blocks.mlp.up_DF[...]).sum()))
+"""
+    outputs = set()
+    for flag in ("true", "false"):
+        env = os.environ | {"NNX_GRAPH_MODE": flag, "NNX_GRAPH_UPDATES": flag, "XLA_FLAGS": "",
+                            "PYTHONPATH": os.pathsep.join(sys.path)}
+        outputs.add(subprocess.run([sys.executable, "-c", code], env=env, check=True, text=True,
+                                   capture_output=True).stdout)
+    assert len(outputs) == 1

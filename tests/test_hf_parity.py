@@ -1,0 +1,259 @@
+"""The decoder against Hugging Face transformers: logits, loss and gradients of a tiny model of each family.
+
+The other side was computed once by `goldens/make_hf_goldens.py`, which shares with this file the tokens and
+the formula of the weights, and nothing of the decoder. Every comparison is also run with settings that are
+wrong in one way, and must fail by far. Reading real checkpoints is `lmjax.interop`, not tested here: the name
+mapping below is deliberately its own.
+"""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from goldens.make_hf_goldens import PATH, POSITIONS, tokens, weight
+
+from lmjax.models import ComputeConfig, Decoder, DecoderConfig, RopeScaling
+from lmjax.nn import attention
+
+TOLERANCE = 2e-5  # of the largest element; float32 differs by 1e-6 or so, a wrong setting by 1e-3 and more
+GOLDENS = json.loads(PATH.read_text())
+IDS = jnp.asarray(tokens())
+
+_BASE = DecoderConfig(vocab_size=64, num_layers=3, d_model=48, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=80,
+                      max_seq_len=32)
+_GEMMA = dataclasses.replace(_BASE, norm_eps=1e-6, post_norms=True, activation="gelu_tanh", scale_embed=True,
+                             query_scale=24**-0.5)
+CONFIGS = {
+    "gpt2": dataclasses.replace(
+        _BASE, num_kv_heads=0, head_dim=0, d_ff=0, norm="layernorm", norm_eps=1e-5, positions="learned",
+        gated=False, activation="gelu_tanh", biases=True),
+    "llama3": dataclasses.replace(
+        _BASE, norm_eps=1e-5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64), tied=False),
+    "smollm2": dataclasses.replace(_BASE, num_heads=3, num_kv_heads=1, norm_eps=1e-5, rope_theta=1e5),
+    "qwen3": dataclasses.replace(_BASE, norm_eps=1e-6, qk_norm=True, rope_theta=1e6),
+    "mistral": dataclasses.replace(_BASE, norm_eps=1e-5, windows=(8,), tied=False),
+    "gemma2": dataclasses.replace(_GEMMA, windows=(8, 0), attention_softcap=5.0, logit_softcap=3.0),
+    "gemma3": dataclasses.replace(
+        _GEMMA, num_layers=5, num_kv_heads=1, qk_norm=True, rope_theta=1e6, rope_local_theta=1e4,
+        rope_scaling=RopeScaling("linear", 8.0), windows=(8, 8, 0)),
+}
+
+# The same weights under settings that are wrong in one way.
+WRONG = [
+    ("gpt2", {"activation": "gelu"}), ("gpt2", {"norm_eps": 1e-3}), ("gpt2", {"query_scale": 1.0}),
+    ("llama3", {"rope_scaling": None}), ("llama3", {"rope_theta": 5e5}), ("llama3", {"activation": "gelu_tanh"}),
+    ("llama3", {"rope_scaling": RopeScaling("linear", 8.0)}), ("llama3", {"tied": True}),
+    ("smollm2", {"rope_theta": 1e4}),
+    ("qwen3", {"qk_norm": False}), ("qwen3", {"rope_theta": 1e4}),
+    ("mistral", {"windows": (0,)}), ("mistral", {"windows": (7,)}), ("mistral", {"windows": (9,)}),
+    ("gemma2", {"attention_softcap": 0.0}), ("gemma2", {"logit_softcap": 0.0}), ("gemma2", {"windows": (0, 8)}),
+    ("gemma2", {"scale_embed": False}), ("gemma2", {"query_scale": 0.0}), ("gemma2", {"post_norms": False}),
+    ("gemma3", {"rope_local_theta": 0.0}), ("gemma3", {"rope_scaling": None}), ("gemma3", {"windows": (0,)}),
+    ("gemma3", {"rope_theta": 1e4}), ("gemma3", {"windows": (8,)}), ("gemma3", {"activation": "silu"}),
+]
+
+
+# --- the same weights in both layouts -------------------------------------------------------------------
+
+def _parts(name: str, c: DecoderConfig):
+    """A Hugging Face name -> [(our path, part of the tensor in our layout as a function of the whole)]."""
+    D, N, K, H = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
+    norm = "scale_D" if name.endswith("weight") else "bias_D"
+    whole = lambda w: w  # noqa: E731
+    turned = lambda w: w.T  # noqa: E731
+    if "wte" in name or "embed_tokens" in name:
+        return [("embed_VD", whole)]
+    if "wpe" in name:
+        return [("position_PD", whole)]
+    if "lm_head" in name:
+        return [("out_VD", whole)]
+    if name.rsplit(".", 1)[0] in ("model.norm", "transformer.ln_f"):
+        return [(f"final_norm/{norm}", whole)]
+    gemma = c.post_norms
+    norms = {"ln_1": "attention_norm", "ln_2": "mlp_norm", "input_layernorm": "attention_norm",
+             "post_attention_layernorm": "attention_post_norm" if gemma else "mlp_norm",
+             "pre_feedforward_layernorm": "mlp_norm", "post_feedforward_layernorm": "mlp_post_norm"}
+    module = ".".join(name.split(".")[3:-1])
+    if module in norms:
+        return [(f"blocks/{norms[module]}/{norm}", whole)]
+    bias = name.endswith("bias")
+    if module == "attn.c_attn":  # q, k and v side by side in the columns
+        shape, end = ((N, H), "NH") if bias else ((D, N, H), "DNH")
+        return [(f"blocks/attention/{x}_{end.replace('N', 'N' if x == 'q' else 'K')}",
+                 lambda w, i=i: np.split(w, 3, axis=-1)[i].reshape(shape)) for i, x in enumerate("qkv")]
+    return {
+        "attn.c_proj": [("blocks/attention/o_D", whole) if bias else
+                        ("blocks/attention/o_NHD", lambda w: w.reshape(N, H, D))],
+        "mlp.c_fc": [("blocks/mlp/up_F" if bias else "blocks/mlp/up_DF", whole)],
+        "mlp.c_proj": [("blocks/mlp/down_D" if bias else "blocks/mlp/down_FD", whole)],
+        "self_attn.q_proj": [("blocks/attention/q_DNH", lambda w: w.T.reshape(D, N, H))],
+        "self_attn.k_proj": [("blocks/attention/k_DKH", lambda w: w.T.reshape(D, K, H))],
+        "self_attn.v_proj": [("blocks/attention/v_DKH", lambda w: w.T.reshape(D, K, H))],
+        "self_attn.o_proj": [("blocks/attention/o_NHD", lambda w: w.T.reshape(N, H, D))],
+        "self_attn.q_norm": [("blocks/attention/q_scale_H", whole)],
+        "self_attn.k_norm": [("blocks/attention/k_scale_H", whole)],
+        "mlp.up_proj": [("blocks/mlp/up_DF", turned)],
+        "mlp.gate_proj": [("blocks/mlp/gate_DF", turned)],
+        "mlp.down_proj": [("blocks/mlp/down_FD", turned)],
+    }[module]
+
+
+def _layer(name: str) -> int | None:
+    return int(name.split(".")[2]) if ".h." in name or ".layers." in name else None
+
+
+def our_weights(case: str, one_plus: bool = True) -> dict[str, np.ndarray]:
+    """Path -> array, blocks stacked over layers. Gemma's norms multiply by 1 + w: ours hold the sum."""
+    config, found = CONFIGS[case].filled(), {}
+    for name, shape in GOLDENS[case]["shapes"].items():
+        array = weight(case, name, tuple(shape))
+        if one_plus and case.startswith("gemma") and "norm" in name:
+            array = 1 + array
+        for path, part in _parts(name, config):
+            found.setdefault(path, {})[_layer(name)] = part(array)
+    return {path: arrays[None] if None in arrays else np.stack([arrays[i] for i in range(config.num_layers)])
+            for path, arrays in found.items()}
+
+
+def build(case: str, changes: dict | None = None, one_plus: bool = True, **compute):
+    """(graph, params): the model of a case, its params a pure dictionary of the golden's weights."""
+    config = dataclasses.replace(CONFIGS[case], **(changes or {}))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, compute=ComputeConfig(**compute))))
+    weights = our_weights(case, one_plus)
+    used = set()
+
+    def fill(path, leaf):
+        name = "/".join(str(k.key) for k in path)
+        used.add(name)
+        assert leaf.shape == (found := weights[name].shape), f"{name}: {leaf.shape}, golden {found}"
+        return jnp.asarray(weights[name])
+
+    params = jax.tree_util.tree_map_with_path(fill, nnx.to_pure_dict(state))
+    assert changes or used == set(weights), f"no place for {set(weights) - used}"
+    return graph, params
+
+
+def merge(graph, params):
+    return nnx.merge(graph, params)
+
+
+# --- the comparisons ------------------------------------------------------------------------------------
+
+def error(ours, golden) -> float:
+    """Largest difference over the largest golden element."""
+    golden = np.asarray(golden)
+    return float(np.abs(np.asarray(ours, np.float64) - golden).max() / np.abs(golden).max())
+
+
+def logits_error(case: str, logits_BTV) -> float:
+    return error(logits_BTV[:, np.asarray(POSITIONS)], GOLDENS[case]["logits"])
+
+
+def next_token_loss(graph, params) -> jax.Array:
+    log_probs = jax.nn.log_softmax(merge(graph, params)(IDS)[:, :-1])
+    return -jnp.mean(jnp.take_along_axis(log_probs, IDS[:, 1:, None], axis=-1))
+
+
+def grad_norms(case: str, grads: dict) -> dict[str, float]:
+    """The norm of each Hugging Face tensor's gradient, put together from ours."""
+    config, norms = CONFIGS[case].filled(), {}
+    for name in GOLDENS[case]["shapes"]:
+        total = 0.0
+        for path, _ in _parts(name, config):
+            leaf = functools.reduce(lambda tree, key: tree[key], path.split("/"), grads)
+            total += float(jnp.sum(jnp.square(leaf if _layer(name) is None else leaf[_layer(name)])))
+        norms[name] = total**0.5
+    return norms
+
+
+@functools.cache
+def forward(case: str, changes: tuple = (), one_plus: bool = True):
+    graph, params = build(case, dict(changes), one_plus)
+    return jax.jit(lambda p: merge(graph, p)(IDS))(params)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_logits(case):
+    assert logits_error(case, forward(case)) < TOLERANCE
+
+
+@pytest.mark.parametrize("case, changes", WRONG, ids=lambda x: "-".join(x) if isinstance(x, dict) else x)
+def test_a_wrong_setting_is_seen_in_the_logits(case, changes):
+    assert logits_error(case, forward(case, tuple(changes.items()))) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["gemma2", "gemma3"])
+def test_a_norm_without_one_plus_w_is_seen(case):
+    assert logits_error(case, forward(case, one_plus=False)) > 10 * TOLERANCE
+
+
+def _loss_and_gradients(case: str, changes: dict | None = None, **compute):
+    """(relative error of the loss, {tensor: relative error of its gradient norm})"""
+    graph, params = build(case, changes, **compute)
+    loss, grads = jax.jit(jax.value_and_grad(functools.partial(next_token_loss, graph)))(params)
+    norms, golden = grad_norms(case, grads), GOLDENS[case]["grad_norms"]
+    return error(loss, GOLDENS[case]["loss"]), {name: error(norms[name], golden[name]) for name in golden}
+
+
+# Blocks of 8 queries, so that rows of 24 take three and skip the keys that the window hides; "auto" would
+# take the reference at this length.
+BLOCKS_OF_8 = functools.partial(attention.blockwise_attention, block=8)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_loss_and_gradients(case):
+    loss, norms = _loss_and_gradients(case, attention="reference")
+    assert loss < TOLERANCE
+    assert {name: e for name, e in norms.items() if e > 5 * TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("case, remat", [("gpt2", "dots"), ("gemma2", "full"), ("gemma3", "full")])
+def test_loss_and_gradients_blockwise_with_remat(case, remat, monkeypatch):
+    monkeypatch.setattr(attention, "blockwise_attention", BLOCKS_OF_8)
+    loss, norms = _loss_and_gradients(case, attention="blockwise", remat=remat)
+    assert loss < TOLERANCE
+    assert {name: e for name, e in norms.items() if e > 5 * TOLERANCE} == {}
+
+
+def test_a_wrong_gradient_is_seen():
+    """Window off: some loss and nearly every gradient norm must move."""
+    loss, norms = _loss_and_gradients("gemma2", {"windows": (0,)})
+    assert loss > 10 * TOLERANCE
+    assert sum(e > 10 * TOLERANCE for e in norms.values()) > len(norms) // 2
+
+
+@pytest.mark.parametrize("case", ["mistral", "gemma2"])
+def test_blockwise_logits(case, monkeypatch):
+    monkeypatch.setattr(attention, "blockwise_attention", BLOCKS_OF_8)
+    graph, params = build(case, attention="blockwise")
+    assert logits_error(case, jax.jit(lambda p: merge(graph, p)(IDS))(params)) < TOLERANCE
+
+
+def _through_cache(case: str, changes: dict | None = None, pad: int = 3, shift_valid: int = 0):
+    """Logits of the whole rows from a cache: a left-padded prefill of 9 + pad slots, then 3 chunks of 5."""
+    graph, params = build(case, changes)
+    model = merge(graph, params)
+    ids = jnp.pad(IDS, ((0, 0), (pad, 0)))
+    valid = jnp.broadcast_to(jnp.arange(ids.shape[1]) >= pad - shift_valid, ids.shape)
+    extend = jax.jit(lambda p, *args: merge(graph, p).extend(*args))
+    cache, outs = model.new_cache(2, ids.shape[1]), []
+    for start, stop in ((0, 9 + pad), (9 + pad, 14 + pad), (14 + pad, 19 + pad), (19 + pad, 24 + pad)):
+        hidden, cache = extend(params, ids[:, start:stop], valid[:, start:stop], cache)
+        outs.append(model.logits(hidden))
+    return jnp.concatenate(outs, axis=1)[:, pad:]
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama3", "gemma3"])
+def test_cache(case):
+    logits = _through_cache(case)
+    assert logits_error(case, logits) < TOLERANCE
+    assert error(logits, forward(case)) < TOLERANCE
+
+
+def test_a_cache_that_attends_to_padding_is_seen():
+    assert logits_error("gemma3", _through_cache("gemma3", shift_valid=1)) > 10 * TOLERANCE

@@ -1,0 +1,113 @@
+"""Killed and started again by the same command, a run ends with the bits of one that was never interrupted."""
+
+import json
+import random
+import signal
+import time
+
+import pytest
+from helpers import command, state_hash, write_config
+
+from lmjax import checkpoint as checkpoint_module
+from lmjax.config import load_config
+from lmjax.records import read_metrics
+from lmjax.train import train
+
+KILLS = 5
+
+
+def history(run):
+    """(step, loss, grad norm) of each train record and (step, loss) of each evaluation, as exact text."""
+    keys = ("kind", "step", "loss", "grad_norm", "text")
+    return [json.dumps({k: r.get(k) for k in keys}) for r in read_metrics(run)
+            if r["kind"] in ("train", "eval", "sample")]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    config = write_config(tmp_path_factory.mktemp("whole"))
+    process = command(config, "--mesh.fsdp=2")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    run = config.parent / "runs" / "tiny"
+    return state_hash(run, 40), history(run), config
+
+
+def test_five_kills_change_no_bit(uninterrupted, tmp_path):
+    """kill -9 at random moments after the first step: while it computes, evaluates, samples and saves."""
+    config = write_config(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    rng = random.Random(0)
+    done = 0
+    for _ in range(KILLS):
+        process = command(config, "--mesh.fsdp=2")
+        goal = done + rng.randint(2, 7)  # steps that this attempt may take, so that each one gets somewhere
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            try:
+                done = max(r["step"] for r in read_metrics(run) if r["kind"] == "train")
+            except (ValueError, OSError):
+                done = 0
+            if done >= goal:
+                break
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, f"ended by itself before the kill:\n{output}"
+    process = command(config, "--mesh.fsdp=2")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "continuing from step" in output
+    assert state_hash(run, 40) == uninterrupted[0]
+    assert history(run) == uninterrupted[1]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(uninterrupted):
+    _, before, config = uninterrupted
+    process = command(config, "--mesh.fsdp=2")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0 and "complete at step 40" in output, output
+    run = config.parent / "runs" / "tiny"
+    assert state_hash(run, 40) == uninterrupted[0] and history(run) == before
+
+
+def test_a_resume_that_loses_the_moments_would_be_seen(tmp_path, monkeypatch):
+    """The known-wrong resume: right weights, zero optimizer state."""
+    path = write_config(tmp_path)
+
+    def run(name, stop=40):
+        overrides = [f"--name={name}", "--mesh.fsdp=2", "--mesh.data=4"]
+        config = load_config(path, overrides)
+        if stop < 40:  # stop as a kill would: the config, and with it the schedule, still says 40
+            original = checkpoint_module.Checkpoints.save
+
+            def save_and_stop(self, step, state, meta):
+                original(self, step, state, meta)
+                if step == stop:
+                    raise KeyboardInterrupt
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoint_module.Checkpoints, "save", save_and_stop)
+                with pytest.raises(KeyboardInterrupt):
+                    train(config)
+        else:
+            train(config)
+        return config.folder
+
+    whole, right = state_hash(run("whole"), 40), None
+    run("right", stop=20)
+    right = state_hash(run("right"), 40)
+    assert right == whole
+    run("wrong", stop=20)
+    original = checkpoint_module.Checkpoints.restore
+
+    def forgetful(self, step, like):
+        import jax
+        import jax.numpy as jnp
+
+        state = original(self, step, like)
+        state.opt_state = jax.tree.map(lambda x: jnp.zeros_like(x) if x.ndim else x, state.opt_state)
+        return state
+
+    monkeypatch.setattr(checkpoint_module.Checkpoints, "restore", forgetful)
+    assert state_hash(run("wrong"), 40) != whole
