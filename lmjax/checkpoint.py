@@ -108,7 +108,8 @@ class Checkpoints:
             raise CheckpointError(f"{folder}: no such folder; give a run that has saved a checkpoint")
         try:
             self.manager = ocp.CheckpointManager(
-                folder.absolute(), item_names=("state", "meta"),
+                folder.absolute(),
+                item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=config.keep, keep_period=config.keep_every or None, create=not read_only,
                     cleanup_tmp_directories=not read_only, read_only=read_only,

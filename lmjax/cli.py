@@ -48,9 +48,7 @@ Any field of the config is set with --key=value, e.g. --model.num_layers=8 --opt
     from lmjax import train
 
     if options.dry_run:
-        import jax
-
-        print(train.dry_run(config, options.devices or jax.device_count()))
+        print(train.dry_run(config, options.devices))
     else:
         train.train(config)
     return 0

@@ -329,8 +329,12 @@ def say_resume(log: RunLog, config: RunConfig, saved_meta: dict, first: int) -> 
         log.say(f"versions differ ({', '.join(changed)}): the run goes on within rounding, not bit for bit")
 
 
-def dry_run(config: RunConfig, num_devices: int) -> str:
-    """The resolved config, mesh, shardings, bytes and FLOPs, with nothing allocated and no data prepared."""
+def dry_run(config: RunConfig, num_devices: int = 0) -> str:
+    """The resolved config, mesh, shardings, bytes and FLOPs, with nothing allocated and no data prepared.
+
+    num_devices: plan for so many; 0 for those of this machine.
+    """
+    num_devices = num_devices or jax.device_count()
     validate(config, num_devices)
     name = config.data.tokenizer
     size = config.data.bpe_vocab_size if name == "bpe" else load_tokenizer(name).vocab_size

@@ -101,8 +101,8 @@ if __name__ == "__main__":
 def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(source, clean, tmp_path, workers):
     out = tmp_path / "out"
     script = tmp_path / "run.py"
-    script.write_text(KILLED.format(path=[entry for entry in sys.path if entry], out=str(out), source=source.path,
-                                    workers=workers))
+    path = [entry for entry in sys.path if entry]
+    script.write_text(KILLED.format(path=path, out=str(out), source=source.path, workers=workers))
     # Pipes, so that communicate() ends only when the workers have gone as well.
     ended = subprocess.run([sys.executable, str(script)], capture_output=True, timeout=60)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
@@ -137,8 +137,10 @@ def test_a_finished_folder_is_left_alone(source, clean):
     assert seen == []
 
 
-@pytest.mark.parametrize("damage, words", [("cut", "truncated shard, 100 bytes found"), ("gone", "is missing"),
-                                           ("flip", "bytes have changed"), ("id", "id 300.*vocabulary has 257")])
+@pytest.mark.parametrize("damage, words", [
+    ("cut", "truncated shard, 100 bytes found"), ("gone", "is missing"), ("flip", "bytes have changed"),
+    ("id", "id 300.*vocabulary has 257"),
+])
 def test_damage_is_named_and_repaired(source, tmp_path, damage, words):
     out = tmp_path / "out"
     prepare(source, BYTES, out, workers=1, **SMALL)
@@ -169,6 +171,8 @@ def test_another_corpus_is_never_overwritten(source, clean, tmp_path):
         with pytest.raises(DataError, match=f"different corpus.*{words}.*another folder"):
             prepare(other, tokenizer, clean, workers=1, **SMALL)
     assert content(clean) == before
+    with pytest.raises(DataError, match="lies inside the source folder"):
+        prepare(SourceConfig("jsonl", str(tmp_path)), BYTES, tmp_path / "out", workers=1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(DataError, match="holds other files .thesis.txt"):
@@ -210,15 +214,16 @@ def test_manifest_describes_the_tokenizer_and_no_place(clean, source):
 
 
 def test_both_splits_always_have_a_document(tmp_path):
+    file = tmp_path / "x.jsonl"
+    source = SourceConfig("jsonl", str(file))
     for count in range(2, 8):
-        (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": f"text {n}"}) for n in range(count)))
-        source = SourceConfig("jsonl", str(tmp_path))
+        file.write_text("\n".join(json.dumps({"text": f"text {n}"}) for n in range(count)))
         for fraction in (0.001, 0.5, 0.999):
             threshold = holdout_threshold(source, fraction)
             held = [held_out(document.text, threshold) for document in documents(source, Counter())]
             assert 0 < sum(held) < count
         assert holdout_threshold(source, 0.0) == 0
-    (tmp_path / "x.jsonl").write_text('{"text": "same"}\n' * 3)
+    file.write_text('{"text": "same"}\n' * 3)
     with pytest.raises(DataError, match="one distinct document.*validation_fraction = 0"):
         prepare(source, BYTES, tmp_path / "out", workers=1)
     manifest = prepare(source, BYTES, tmp_path / "out", workers=1, validation_fraction=0.0)

@@ -20,9 +20,10 @@ FIELDS = {"tokens": np.int32, "targets": np.int32, "segments": np.int32, "positi
 def tokens(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
     texts = ["x" * (1 + n * 7 % 23) for n in range(40)]
-    (folder / "x.jsonl").write_text("\n".join(json.dumps({"text": f"{n}{text}"}) for n, text in enumerate(texts)))
-    prepare(SourceConfig("jsonl", str(folder)), ByteTokenizer(), folder / "out", validation_fraction=0.1,
-            workers=1, shard_bytes=50)
+    lines = [json.dumps({"text": f"{n}{text}"}) for n, text in enumerate(texts)]
+    (folder / "x.jsonl").write_text("\n".join(lines))
+    prepare(SourceConfig("jsonl", str(folder / "x.jsonl")), ByteTokenizer(), folder / "out",
+            validation_fraction=0.1, workers=1, shard_bytes=50)
     return Tokens(folder / "out", "train")
 
 
@@ -127,7 +128,8 @@ def test_short_and_empty_splits(tokens, tmp_path):
     empty = padding(5)
     assert {name: value.dtype for name, value in empty.items()} == FIELDS
     (tmp_path / "x.txt").write_text("hello")
-    prepare(SourceConfig("text", str(tmp_path / "x.txt")), ByteTokenizer(), tmp_path / "out", validation_fraction=0.0)
+    source = SourceConfig("text", str(tmp_path / "x.txt"))
+    prepare(source, ByteTokenizer(), tmp_path / "out", validation_fraction=0.0)
     with pytest.raises(DataError, match="'validation' has no tokens"):
         Rows(Tokens(tmp_path / "out", "validation"), 4)
     with pytest.raises(DataError, match="no split 'test'; it has train, validation"):

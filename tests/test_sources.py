@@ -68,8 +68,8 @@ def test_jsonl_lines_are_documents(tmp_path, suffix):
     data = "\r\n".join(lines).encode()
     (tmp_path / f"x{suffix}").write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
     skipped = Counter()
-    found = list(documents(SourceConfig("jsonl", str(tmp_path)), skipped))
-    assert [tuple(document) for document in found] == [("one\nline", f"x{suffix}:1"), ("two 😀", f"x{suffix}:4")]
+    found = [tuple(document) for document in documents(SourceConfig("jsonl", str(tmp_path)), skipped)]
+    assert found == [("one\nline", f"x{suffix}:1"), ("two 😀", f"x{suffix}:4")]
     assert skipped == {"empty": 1}
 
 
@@ -108,11 +108,13 @@ def test_parquet_rows_are_documents(tmp_path):
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     raw = arrow.array([b"one", b"", None, b"t\xffo"], arrow.binary()).cast(arrow.large_binary())
-    table = arrow.table({"body": arrow.Array.from_buffers(arrow.large_string(), 4, raw.buffers()), "n": [1, 2, 3, 4]})
+    body = arrow.Array.from_buffers(arrow.large_string(), 4, raw.buffers())
+    table = arrow.table({"body": body, "n": [1, 2, 3, 4]})
     parquet.write_table(table, tmp_path / "x.parquet")
     path = str(tmp_path / "x.parquet")
     skipped = Counter()
-    assert texts(SourceConfig("parquet", path, "body", encoding_errors="replace"), skipped) == ["one", "t\ufffdo"]
+    replaced = SourceConfig("parquet", path, "body", encoding_errors="replace")
+    assert texts(replaced, skipped) == ["one", "t\ufffdo"]
     assert skipped == {"empty": 2, "replaced": 1}
     with pytest.raises(DataError, match="row 3: byte 1 is 0xff"):
         texts(SourceConfig("parquet", path, "body"))

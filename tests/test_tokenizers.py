@@ -100,7 +100,8 @@ def test_save_and_load_keep_the_fingerprint(tokenizer, tmp_path):
 def test_training_is_deterministic_across_processes(bpe):
     code = ("import sys; sys.path[:0] = %r; from tests.test_tokenizers import TEXTS, train_bpe;"
             "print(train_bpe(TEXTS, 320).fingerprint)" % [path for path in sys.path if path])
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                           timeout=60)
     assert other.stdout.strip() == bpe.fingerprint
     assert train_bpe([*TEXTS[:2], "something else something else"], 320).fingerprint != bpe.fingerprint
 
@@ -126,7 +127,8 @@ def test_training_refuses_what_cannot_work():
 
 def word_level(*special, flagged=True):
     names = ["a", "b", *special]
-    inner = tokenizers.Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="a"))
+    vocabulary = {name: index for index, name in enumerate(names)}
+    inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
     inner.decoder = decoders.Metaspace()
     inner.add_tokens([tokenizers.AddedToken(name, special=flagged) for name in special])
@@ -141,7 +143,8 @@ def test_specials_are_found_by_name_or_config(tmp_path):
     with pytest.raises(DataError, match="tokenizer_config.json"):
         HFTokenizer(word_level("<strange>"))
     word_level("<strange>", "</s>").save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<strange>"}, "bos_token": null}')
+    names = {"eos_token": {"content": "<strange>"}, "bos_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
     named = load_tokenizer(str(tmp_path))
     assert named.bos_id == named.eos_id == 2
     again = tmp_path / "again"

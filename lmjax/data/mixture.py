@@ -20,7 +20,7 @@ from lmjax.data.manifest import Manifest, load_manifest, write_atomically
 from lmjax.data.prepare import SHARD_BYTES, Progress, prepare, training_documents
 from lmjax.data.rows import Rows, padding
 from lmjax.data.shards import Tokens
-from lmjax.data.sources import SourceConfig, source_key
+from lmjax.data.sources import SourceConfig, check_outside, source_key
 from lmjax.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
 from lmjax.errors import DataError
 
@@ -100,6 +100,8 @@ def prepare_all(cfg: DataConfig, progress: Callable[[Progress], None] | None = N
     """
     if found := cfg.problems():
         raise DataError("; ".join(found))
+    for source in cfg.sources:
+        check_outside(source, Path(cfg.cache_dir))
     keys = [source_key(source) if source.kind != "shards" else "" for source in cfg.sources]
     tokenizer = resolve_tokenizer(cfg, keys)
     folders, manifests, reused = [], [], []

@@ -45,7 +45,7 @@ from lmjax.data.manifest import (
     write_atomically,
     write_manifest,
 )
-from lmjax.data.sources import SourceConfig, documents, file_manifest, source_files, source_key
+from lmjax.data.sources import SourceConfig, check_outside, documents, file_manifest, source_files, source_key
 from lmjax.data.tokenizers import Tokenizer, tokenizer_from_json
 from lmjax.errors import DataError
 
@@ -104,6 +104,7 @@ def prepare(
     if source.kind == "shards":
         raise DataError(f"source shards {source.path}: is already prepared; use it as a source of a run")
     out = Path(out)
+    check_outside(source, out)
     files = file_manifest(source) if not key or source.kind == "pystdlib" else None
     identity = {
         "format": FORMAT, "source_key": key or source_key(source, files),
@@ -121,9 +122,9 @@ def prepare(
             manifest = load_manifest(out)
             if len(records) == sum(len(split.shards) for split in manifest.splits.values()):
                 return manifest
+        threshold = holdout_threshold(source, validation_fraction)
         _start(out, identity, tokenizer, file_manifest(source) if files is None else files, records)
-        skipped = _make_shards(source, tokenizer, out, validation_fraction, workers, shard_bytes, records,
-                               progress)
+        skipped = _make_shards(source, tokenizer, out, threshold, workers, shard_bytes, records, progress)
         return _finish(out, identity, source, tokenizer, records, skipped)
 
 
@@ -208,6 +209,8 @@ def _finished_shards(out: Path, identity: dict[str, Any]) -> dict[str, Shard]:
                     found.append(Shard(**record))
             except (ValueError, TypeError, KeyError):
                 continue  # a line torn by a kill: its shard is made again
+        if not found:
+            return {}  # it stopped before its first shard, so there is nothing to keep from being replaced
     if theirs is not None and theirs != identity:
         fields = [f"{name} {theirs.get(name)!r} there, {identity.get(name)!r} asked"
                   for name in identity if theirs.get(name) != identity[name]]
@@ -260,12 +263,11 @@ def _natural(name: str) -> tuple[int, str]:
 # ---- the work -------------------------------------------------------------------------------------------
 
 def _make_shards(
-    source: SourceConfig, tokenizer: Tokenizer, out: Path, validation_fraction: float, workers: int,
+    source: SourceConfig, tokenizer: Tokenizer, out: Path, threshold: int, workers: int,
     shard_bytes: int, records: dict[str, Shard], progress: Callable[[Progress], None] | None,
 ) -> dict[str, int]:
     """Makes every shard that `records` lacks, adds it there, and returns what `documents` skipped."""
     skipped: Counter[str] = Counter()
-    threshold = holdout_threshold(source, validation_fraction)
     exact = source.kind in ("pystdlib", "text")
     total = sum(file.size for file in source_files(source)) if exact else 0
     old, began = set(records), time.monotonic()

@@ -29,8 +29,8 @@ from lmjax.errors import DataError
 KINDS = ("pystdlib", "text", "jsonl", "parquet", "hf", "shards")
 POLICIES = ("error", "replace", "skip")
 _FIELD_KINDS = ("jsonl", "parquet", "hf")
-_SUFFIXES = {"jsonl": (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz"),
-             "parquet": (".parquet",)}
+# Which files of a folder are looked at; a file or glob given by name may end in anything.
+_SUFFIXES = {"jsonl": (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz"), "parquet": (".parquet",)}
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip",
                 "turtledemo", "__pycache__"}
 
@@ -181,6 +181,16 @@ def stdlib_files() -> list[SourceFile]:
         raise DataError(f"source pystdlib: {root} holds no .py files (a stripped or zipped Python); use "
                         "kind = \"text\"")
     return sorted(files)
+
+
+def check_outside(source: SourceConfig, out: Path) -> None:
+    """DataError where what is written to `out` would become part of the source's own folder."""
+    root = Path(source.path).expanduser()
+    if not source.path or source.kind == "shards" or not root.is_dir():
+        return
+    if out.resolve().is_relative_to(root.resolve()):
+        raise DataError(f"{out}: lies inside the source folder {source.path}, so the corpus would hold its "
+                        "own shards; choose another output folder (out or cache_dir)")
 
 
 def file_manifest(source: SourceConfig) -> list[dict[str, Any]]:

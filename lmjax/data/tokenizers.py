@@ -201,7 +201,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     path = Path(name).expanduser()
     if path.exists():
         path = _tokenizer_file(path)
-        return tokenizer_from_json(_read_definition(path), _short_name(path), _read_config(path.parent), str(path))
+        config = _read_config(path.parent)
+        return tokenizer_from_json(_read_definition(path), _short_name(path), config, str(path))
     looks_like_path = path.is_absolute() or name.startswith((".", "~")) or name.endswith(".json")
     if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise DataError(f"tokenizer {name!r}: no such file; give \"bytes\", the path of a tokenizer.json or "

@@ -249,7 +249,7 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """A decoder-only language model.
 
-        model = Decoder(preset("tiny-2m", vocab_size=257))
+        model = Decoder(preset("tiny-1m", vocab_size=257))
         logits_BTV = model(tokens_BT)                       # float32
 
     seed: an int or a PRNG key. The weights are float32 and do not depend on `compute` or on the mesh.

@@ -2,14 +2,15 @@
 
     python tests/goldens/make_hf_goldens.py        # needs torch and transformers (made with 2.13 and 5.23)
 
-Run it by hand when a family is added; the tests read only the JSON. The weights are not stored: `weight` makes
-them from the tensor's name, here and in `tests/test_hf_parity.py`, which is why numpy is all that this module
-imports at the top. Models are small but take every turn that the full-sized ones take: rows of 24 tokens with
-windows of 8, all three bands of the llama3 scaling, local and global layers with a depth that the pattern does
-not divide, soft-caps low enough to bite, head_dim unlike d_model / num_heads.
+Run it by hand when a family is added; the tests read only the JSON. The weights are not stored: `weight`
+makes them from the tensor's name, here and in `tests/test_hf_parity.py`, which is why numpy is all that this
+module imports at the top. Models are small but take every turn that the full-sized ones take: rows of 24
+tokens with windows of 8, all three bands of the llama3 scaling, local and global layers with a depth that the
+pattern does not divide, soft-caps low enough to bite, head_dim unlike d_model / num_heads.
 
-The JSON holds per case: logits at POSITIONS of both rows, the mean cross-entropy of the next token, and
-the norm of its gradient for every tensor of the model, by the tensor's name. Nothing of our own decoder is used.
+The JSON holds per case: logits at POSITIONS of both rows, the mean cross-entropy of the next token, the norm
+of its gradient for every tensor of the model by the tensor's name, and the tensors' shapes. Nothing of our own
+decoder is used.
 """
 
 import json
@@ -22,8 +23,8 @@ import numpy as np
 PATH = Path(__file__).with_name("hf_logits.json")
 POSITIONS = (0, 7, 8, 15, 23)  # around the window of 8, and the end
 
-_SIZES = dict(vocab_size=64, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-              head_dim=16, intermediate_size=80, max_position_embeddings=256, attention_dropout=0.0,
+_SIZES = dict(vocab_size=64, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
+              num_key_value_heads=2, head_dim=16, intermediate_size=80, max_position_embeddings=256, attention_dropout=0.0,
               bos_token_id=None, eos_token_id=None, pad_token_id=None)
 _LLAMA3 = dict(rope_type="llama3", rope_theta=10_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                original_max_position_embeddings=64)
@@ -56,7 +57,7 @@ CASES = {
         rope_parameters=dict(
             full_attention=dict(rope_type="linear", rope_theta=1_000_000.0, factor=8.0),
             sliding_attention=dict(rope_type="default", rope_theta=10_000.0)),
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"] + ["sliding_attention"] * 2)),
+        layer_types=["sliding_attention"] * 2 + ["full_attention"] + ["sliding_attention"] * 2)),
 }
 
 
