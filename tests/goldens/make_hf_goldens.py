@@ -9,8 +9,8 @@ tokens with windows of 8, all three bands of the llama3 scaling, local and globa
 pattern does not divide, soft-caps low enough to bite, head_dim unlike d_model / num_heads.
 
 The JSON holds per case: logits at POSITIONS of both rows, the mean cross-entropy of the next token, the norm
-of its gradient for every tensor of the model by the tensor's name, and the tensors' shapes. Nothing of our own
-decoder is used.
+of its gradient for every tensor of the model by the tensor's name, and the tensors' shapes. Nothing of our
+own decoder is used.
 """
 
 import json
@@ -24,8 +24,8 @@ PATH = Path(__file__).with_name("hf_logits.json")
 POSITIONS = (0, 7, 8, 15, 23)  # around the window of 8, and the end
 
 _SIZES = dict(vocab_size=64, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
-              num_key_value_heads=2, head_dim=16, intermediate_size=80, max_position_embeddings=256, attention_dropout=0.0,
-              bos_token_id=None, eos_token_id=None, pad_token_id=None)
+              num_key_value_heads=2, head_dim=16, intermediate_size=80, max_position_embeddings=256,
+              attention_dropout=0.0, bos_token_id=None, eos_token_id=None, pad_token_id=None)
 _LLAMA3 = dict(rope_type="llama3", rope_theta=10_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                original_max_position_embeddings=64)
 
@@ -38,7 +38,7 @@ CASES = {
     "llama3": ("LlamaConfig", "LlamaForCausalLM", dict(
         _SIZES, rms_norm_eps=1e-5, rope_parameters=_LLAMA3, tie_word_embeddings=False)),
     "smollm2": ("LlamaConfig", "LlamaForCausalLM", dict(
-        _SIZES, num_attention_heads=3, num_key_value_heads=1, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        _SIZES, rms_norm_eps=1e-5, tie_word_embeddings=True,
         rope_parameters=dict(rope_type="default", rope_theta=100_000.0))),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", dict(
         _SIZES, rms_norm_eps=1e-6, tie_word_embeddings=True,
