@@ -6,9 +6,11 @@ the libraries, and the fingerprints of tokenizer and data. The arrays restore on
 """
 
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -228,8 +230,11 @@ class _StorageErrors:
 
 
 def _first_line(error: BaseException) -> str:
+    """What went wrong, short: the operating system's words where they are in there."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
+    causes = [os.strerror(code) for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES,
+                                             errno.EIO)]
+    return next((cause for cause in causes if cause in text), text.splitlines()[0][:200])
 
 
 def _check_arrays(where: Path, saved: dict[str, tuple], wanted: dict[str, Any]) -> None:

@@ -62,12 +62,18 @@ WRONG = [
 
 # --- the same weights in both layouts -------------------------------------------------------------------
 
+def whole(w: np.ndarray) -> np.ndarray:
+    return w
+
+
+def turned(w: np.ndarray) -> np.ndarray:
+    return w.T
+
+
 def _parts(name: str, c: DecoderConfig):
     """A Hugging Face name -> [(our path, part of the tensor in our layout as a function of the whole)]."""
     D, N, K, H = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
     norm = "scale_D" if name.endswith("weight") else "bias_D"
-    whole = lambda w: w  # noqa: E731
-    turned = lambda w: w.T  # noqa: E731
     if "wte" in name or "embed_tokens" in name:
         return [("embed_VD", whole)]
     if "wpe" in name:

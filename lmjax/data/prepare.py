@@ -1,7 +1,7 @@
 """From documents to memory-mapped token shards.
 
-What lives here: which document is held out, cutting the stream into shards, tokenising them in parallel, and
-picking up where a killed run stopped. What does not: reading documents (`sources`), the folder's format
+What lives here: which document is held out, cutting the stream into shards, and picking up where a killed run
+stopped. What does not: reading documents (`sources`), tokenising in parallel (`workers`), the folder's format
 (`manifest`), reading tokens back (`shards`).
 
 One process reads documents in order, decides their split and gathers them into plans of about `shard_bytes`
@@ -11,23 +11,16 @@ tokenizer and `shard_bytes` only, and any shard can be made again alone. Every f
 """
 
 import hashlib
-import io
-import itertools
 import json
-import multiprocessing
 import os
 import platform
 import re
-import signal
-import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -46,12 +39,12 @@ from lmjax.data.manifest import (
     write_manifest,
 )
 from lmjax.data.sources import SourceConfig, check_outside, documents, file_manifest, source_files, source_key
-from lmjax.data.tokenizers import Tokenizer, tokenizer_from_json
+from lmjax.data.tokenizers import Tokenizer
+from lmjax.data.workers import Plan, make_shards, shard_name, token_dtype
 from lmjax.errors import DataError
 
 SHARD_BYTES = 8 << 20
 _COUNTED = 20_000  # documents; with more of them chance comes near enough to the wanted share
-_ENCODE_BYTES = 256 << 10  # text given to the tokenizer at once: bounds memory inside a shard
 
 
 @dataclass(frozen=True)
@@ -68,12 +61,6 @@ class Progress:
     total_bytes: int
     kept: int
     seconds: float
-
-
-class _Plan(NamedTuple):
-    split: str
-    index: int
-    texts: list[str]
 
 
 def prepare(
@@ -248,7 +235,7 @@ def _finish(out: Path, identity: dict[str, Any], source: SourceConfig, tokenizer
         tokenizer={"name": tokenizer.name, "fingerprint": tokenizer.fingerprint,
                    "vocab_size": tokenizer.vocab_size,
                    "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
-        dtype=_dtype(tokenizer).name, splits=splits, skipped=skipped,
+        dtype=token_dtype(tokenizer).name, splits=splits, skipped=skipped,
         fingerprint=manifest_fingerprint(tokenizer.fingerprint, splits),
     )
     write_manifest(out, manifest)
@@ -281,9 +268,9 @@ def _make_shards(
             progress(Progress(done["documents"], done["tokens"], done["new"], done["bytes"], total, len(old),
                               time.monotonic() - began))
 
-    def missing() -> Iterator[_Plan]:
+    def missing() -> Iterator[Plan]:
         for plan in _plans(source, threshold, shard_bytes, skipped):
-            file = _shard_name(plan.split, plan.index)
+            file = shard_name(plan.split, plan.index)
             needed.add(file)
             if file in old:
                 count(records[file])
@@ -291,7 +278,7 @@ def _make_shards(
                 yield plan
 
     with (out / PROGRESS).open("ab") as log:
-        for shard in _run(missing(), tokenizer, out, workers or _cores()):
+        for shard in make_shards(missing(), tokenizer, out, workers or _cores()):
             records[shard.file] = shard
             log.write((json.dumps(asdict(shard)) + "\n").encode())
             log.flush()
@@ -302,7 +289,7 @@ def _make_shards(
     return dict(sorted(skipped.items()))
 
 
-def _plans(source: SourceConfig, threshold: int, shard_bytes: int, skipped: Counter[str]) -> Iterator[_Plan]:
+def _plans(source: SourceConfig, threshold: int, shard_bytes: int, skipped: Counter[str]) -> Iterator[Plan]:
     """Cuts the stream into whole documents of about `shard_bytes` of text for each shard."""
     texts: dict[str, list[str]] = {"train": [], "validation": []}
     sizes, indices = Counter[str](), Counter[str]()
@@ -311,113 +298,13 @@ def _plans(source: SourceConfig, threshold: int, shard_bytes: int, skipped: Coun
         texts[split].append(document.text)
         sizes[split] += len(document.text.encode())
         if sizes[split] >= shard_bytes:
-            yield _Plan(split, indices[split], texts[split])
+            yield Plan(split, indices[split], texts[split])
             texts[split], sizes[split] = [], 0
             indices[split] += 1
     for split, rest in texts.items():
         if rest:
-            yield _Plan(split, indices[split], rest)
-
-
-def _run(plans: Iterator[_Plan], tokenizer: Tokenizer, out: Path, workers: int) -> Iterator[Shard]:
-    """Tokenises plans, here or in worker processes, and gives their shards in order."""
-    first = list(itertools.islice(plans, 3))
-    plans = itertools.chain(first, plans)
-    # One shard for each split is not worth starting processes.
-    if workers == 1 or len(first) < 3:
-        for plan in plans:
-            yield _write_shard(plan, tokenizer, out)
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker,
-                               (tokenizer.to_json(), tokenizer.name, tokenizer.special_names(), str(out)))
-    pending: deque[Future[Shard]] = deque()
-    try:
-        for plan in plans:
-            pending.append(pool.submit(_work, plan))
-            if len(pending) > workers + 1:  # bounds the text held in memory
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise DataError(f"{out}: a worker process died (out of memory? or the calling script lacks `if "
-                        "__name__ == \"__main__\":`); run again with workers = 1, finished shards are "
-                        "kept") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _write_shard(plan: _Plan, tokenizer: Tokenizer, out: Path) -> Shard:
-    pieces: list[np.ndarray] = []
-    lengths: list[int] = []
-    bos, eos = np.array([tokenizer.bos_id]), np.array([tokenizer.eos_id])
-    for texts in _by_bytes(plan.texts):
-        for ids in tokenizer.encode_batch(texts):
-            pieces += [bos, ids, eos]
-            lengths.append(len(ids) + 2)
-    tokens = np.concatenate(pieces)
-    if tokens.min() < 0 or tokens.max() >= tokenizer.vocab_size:
-        raise DataError(f"tokenizer {tokenizer.name}: gave id {tokens.max()}, outside its vocabulary of "
-                        f"{tokenizer.vocab_size}; correct its tokenizer.json")
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    name = _shard_name(plan.split, plan.index)
-    offsets_name = name.replace(".tokens.", ".offsets.")
-    offsets_hash, offsets_size = _write_array(out / offsets_name, offsets)
-    tokens_hash, tokens_size = _write_array(out / name, tokens.astype(_dtype(tokenizer)))
-    return Shard(name, tokens_hash, tokens_size, offsets_name, offsets_hash, offsets_size, len(tokens),
-                 len(lengths), sum(len(text.encode()) for text in plan.texts))
-
-
-def _write_array(path: Path, array: np.ndarray) -> tuple[str, int]:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, allow_pickle=False)
-    data = buffer.getvalue()
-    write_atomically(path, data)
-    return hashlib.sha256(data).hexdigest(), len(data)
-
-
-def _by_bytes(texts: list[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _ENCODE_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _shard_name(split: str, index: int) -> str:
-    return f"{split}-{index:05d}.tokens.npy"
-
-
-def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
-    return np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
+            yield Plan(split, indices[split], rest)
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# ---- inside a worker ------------------------------------------------------------------------------------
-
-_here: dict[str, Any] = {}  # a worker's tokenizer and folder: set once, since loading takes a while
-
-
-def _start_worker(definition: str, name: str, names: dict[str, str], out: str) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the work
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _here.update(tokenizer=tokenizer_from_json(definition, name, names), out=Path(out))
-
-
-def _leave_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)  # the parent was killed: nobody waits for this work
-
-
-def _work(plan: _Plan) -> Shard:
-    return _write_shard(plan, _here["tokenizer"], _here["out"])

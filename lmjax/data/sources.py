@@ -32,7 +32,7 @@ _FIELD_KINDS = ("jsonl", "parquet", "hf")
 # Which files of a folder are looked at; a file or glob given by name may end in anything.
 _SUFFIXES = {"jsonl": (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz"), "parquet": (".parquet",)}
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip",
-                "turtledemo", "__pycache__"}
+                "turtledemo", "encodings", "__pycache__"}
 
 
 @dataclass
@@ -169,6 +169,7 @@ def stdlib_files() -> list[SourceFile]:
 
     Left out, so that the corpus depends on the Python release and not on the machine: third-party folders,
     build configuration, and the parts that distributions cut off (IDLE, lib2to3, ensurepip, turtledemo).
+    `encodings` is left out because most of it is tables of characters, which a small model learns to recite.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = []
