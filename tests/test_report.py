@@ -346,3 +346,23 @@ def test_help_is_there():
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0 and "usage: lmjax report" in done.stdout and "--out FILE" in done.stdout
+
+
+def test_picture_of_the_losses(tmp_path):
+    """The SVG parses, has a curve for each loss, survives NaN, and tells each final value."""
+    import xml.etree.ElementTree as ET
+
+    from lmjax.report.figure import loss_figure
+
+    lines = [{"kind": "train", "step": s, "loss": 5 / s, "loss_kept": 5 / s, "loss_dropped": 6 / s}
+             for s in range(1, 60)]
+    lines[7]["loss_kept"] = "nan"
+    lines += [{"kind": "eval", "step": 0, "loss": 7.0, "split": "validation"},
+              {"kind": "eval", "step": 59, "loss": 1.25, "split": "validation"}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    svg = ET.fromstring(loss_figure(tmp_path, "<run> & co"))
+    assert len(svg.findall(".//{*}polyline")) == 3
+    texts = [t.text for t in svg.findall(".//{*}text")]
+    assert "<run> & co" in texts and "validation 1.25" in texts
+    (tmp_path / "metrics.jsonl").write_text("")
+    ET.fromstring(loss_figure(tmp_path, "nothing yet"))

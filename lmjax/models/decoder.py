@@ -134,6 +134,9 @@ REMAT = {
 }
 
 
+EMBED_STD = 0.02  # of token and position embeddings
+
+
 def _normal(key: jax.Array, name: str, shape: tuple[int, ...], std: float) -> nnx.Param:
     """N(0, std^2) in float32; the key depends on the name, so adding a weight changes no other."""
     return nnx.Param(std * jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), shape))
@@ -163,8 +166,9 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Projections around softmax attention. Std of the weights: 1/sqrt(fan in); o is divided by
-    sqrt(2 L) as well, so that the residual stream keeps its size with depth (GPT-2, section 2.3)."""
+    """Projections around softmax attention. Std of the weights: 1/sqrt(fan in). What o writes into the
+    residual stream begins as small as an embedding, over sqrt(2 L) (GPT-2, section 2.3): blocks that begin
+    louder drown the embeddings, and a small model then learns far more slowly."""
 
     def __init__(self, config: DecoderConfig, key: jax.Array):
         c = config
@@ -173,7 +177,7 @@ class Attention(nnx.Module):
         self.q_DNH = _normal(key, "q_DNH", (D, N, H), D**-0.5)
         self.k_DKH = _normal(key, "k_DKH", (D, K, H), D**-0.5)
         self.v_DKH = _normal(key, "v_DKH", (D, K, H), D**-0.5)
-        self.o_NHD = _normal(key, "o_NHD", (N, H, D), (N * H * 2 * c.num_layers) ** -0.5)
+        self.o_NHD = _normal(key, "o_NHD", (N, H, D), EMBED_STD * (N * H * 2 * c.num_layers) ** -0.5)
         self.q_NH = _full((N, H), 0.0, c.biases)
         self.k_KH = _full((K, H), 0.0, c.biases)
         self.v_KH = _full((K, H), 0.0, c.biases)
@@ -215,7 +219,7 @@ class MLP(nnx.Module):
         self.activation = c.activation
         self.up_DF = _normal(key, "up_DF", (D, F), D**-0.5)
         self.gate_DF = _normal(key, "gate_DF", (D, F), D**-0.5) if c.gated else None
-        self.down_FD = _normal(key, "down_FD", (F, D), (F * 2 * c.num_layers) ** -0.5)
+        self.down_FD = _normal(key, "down_FD", (F, D), EMBED_STD * (F * 2 * c.num_layers) ** -0.5)
         self.up_F = _full((F,), 0.0, c.biases)
         self.down_D = _full((D,), 0.0, c.biases)
 
@@ -262,8 +266,8 @@ class Decoder(nnx.Module):
         key = jax.random.key(seed) if isinstance(seed, int) else seed
         self.config = c
         self.compute = dataclasses.replace(compute or ComputeConfig())
-        self.embed_VD = _normal(key, "embed_VD", (c.vocab_size, c.d_model), 0.02)
-        self.position_PD = (_normal(key, "position_PD", (c.max_seq_len, c.d_model), 0.02)
+        self.embed_VD = _normal(key, "embed_VD", (c.vocab_size, c.d_model), EMBED_STD)
+        self.position_PD = (_normal(key, "position_PD", (c.max_seq_len, c.d_model), EMBED_STD)
                             if c.positions == "learned" else None)
         layer_keys = jax.random.split(jax.random.fold_in(key, 1), c.num_layers)
         self.blocks = nnx.vmap(lambda k: Block(c, k))(layer_keys)

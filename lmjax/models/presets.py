@@ -71,14 +71,16 @@ _MISTRAL03 = dataclasses.replace(_MISTRAL, vocab_size=32768, rope_theta=1_000_00
 _SMOLLM2 = DecoderConfig(vocab_size=49152, max_seq_len=8192, norm_eps=1e-5, rope_theta=100_000.0)
 
 # Ours, for tests and laptops: Llama-like with qk_norm, tied. Named after the parameters outside of the
-# embedding, which come within 10% of the name; d_ff is the default of DecoderConfig.
-_TINY = DecoderConfig(vocab_size=0, max_seq_len=2048, qk_norm=True)
+# embedding, which come within 10% of the name; d_ff is the default of DecoderConfig. Heads are 64 wide: narrower
+# ones spend their time in softmax. Scaled embeddings learn faster here: 4.92 nats against 5.08 after 160 steps
+# of configs/quickstart.py.
+_TINY = DecoderConfig(vocab_size=0, max_seq_len=2048, qk_norm=True, scale_embed=True)
 
 PRESETS: dict[str, DecoderConfig] = {
     #                             layers  width  heads  kv    ff
-    "tiny-100k": _size(_TINY,          2,    64,     2),
-    "tiny-1m": _size(_TINY,            5,   128,     4),
-    "tiny-3m": _size(_TINY,            7,   192,     6),
+    "tiny-100k": _size(_TINY,          2,    64,     1),
+    "tiny-1m": _size(_TINY,            5,   128,     2),
+    "tiny-3m": _size(_TINY,            7,   192,     3),
     "tiny-10m": _size(_TINY,           8,   320,     5),
     "tiny-30m": _size(_TINY,           9,   512,     8),
     "tiny-100m": _size(_TINY,         14,   768,    12),
