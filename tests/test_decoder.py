@@ -173,3 +173,13 @@ print(float(abs(logits).sum()), float(abs(grads.blocks.mlp.up_DF[...]).sum()))
         outputs.add(subprocess.run([sys.executable, "-c", code], env=env, check=True, text=True,
                                    capture_output=True).stdout)
     assert len(outputs) == 1
+
+
+def test_weights_are_born_with_the_stated_spread():
+    model = Decoder(DecoderConfig(vocab_size=512, num_layers=2, d_model=128, num_heads=2, tied=False))
+    for weight, std in ((model.embed_VD, 0.02), (model.out_VD, 128**-0.5),
+                        (model.blocks.attention.q_DNH, 128**-0.5),
+                        (model.blocks.mlp.down_FD, 0.02 * (model.config.d_ff * 4) ** -0.5)):
+        values = np.asarray(weight[...])
+        assert values.std() == pytest.approx(std, rel=0.02) and abs(values.mean()) < 0.02 * std
+        assert np.abs(values).max() <= 1.7321 * std

@@ -13,6 +13,7 @@ models in `lmjax.models.presets`.
 """
 
 import dataclasses
+import math
 import zlib
 
 import jax
@@ -137,9 +138,16 @@ REMAT = {
 EMBED_STD = 0.02  # of token and position embeddings
 
 
-def _normal(key: jax.Array, name: str, shape: tuple[int, ...], std: float) -> nnx.Param:
-    """N(0, std^2) in float32; the key depends on the name, so adding a weight changes no other."""
-    return nnx.Param(std * jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), shape))
+def _random(key: jax.Array, name: str, shape: tuple[int, ...], std: float) -> nnx.Param:
+    """Uniform with mean 0 and the given std, float32; the key depends on the name, so adding a weight
+    changes no other.
+
+    The random bits become a float in [-1/2, 1/2) exactly, and one multiplication follows: no compiler, mesh
+    or kind of device can round it differently. A normal's inverse error function has no such luck.
+    """
+    bits = jax.random.bits(jax.random.fold_in(key, zlib.crc32(name.encode())), shape, jnp.uint32)
+    one_to_two = jax.lax.bitcast_convert_type((bits >> 9) | jnp.uint32(0x3F800000), jnp.float32)
+    return nnx.Param((one_to_two - 1.5) * jnp.float32(math.sqrt(12) * std))
 
 
 def _full(shape: tuple[int, ...], value: float, present: bool = True) -> nnx.Param | None:
@@ -174,10 +182,10 @@ class Attention(nnx.Module):
         c = config
         D, N, K, H = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
         self.config = c
-        self.q_DNH = _normal(key, "q_DNH", (D, N, H), D**-0.5)
-        self.k_DKH = _normal(key, "k_DKH", (D, K, H), D**-0.5)
-        self.v_DKH = _normal(key, "v_DKH", (D, K, H), D**-0.5)
-        self.o_NHD = _normal(key, "o_NHD", (N, H, D), EMBED_STD * (N * H * 2 * c.num_layers) ** -0.5)
+        self.q_DNH = _random(key, "q_DNH", (D, N, H), D**-0.5)
+        self.k_DKH = _random(key, "k_DKH", (D, K, H), D**-0.5)
+        self.v_DKH = _random(key, "v_DKH", (D, K, H), D**-0.5)
+        self.o_NHD = _random(key, "o_NHD", (N, H, D), EMBED_STD * (N * H * 2 * c.num_layers) ** -0.5)
         self.q_NH = _full((N, H), 0.0, c.biases)
         self.k_KH = _full((K, H), 0.0, c.biases)
         self.v_KH = _full((K, H), 0.0, c.biases)
@@ -217,9 +225,9 @@ class MLP(nnx.Module):
         c = config
         D, F = c.d_model, c.d_ff
         self.activation = c.activation
-        self.up_DF = _normal(key, "up_DF", (D, F), D**-0.5)
-        self.gate_DF = _normal(key, "gate_DF", (D, F), D**-0.5) if c.gated else None
-        self.down_FD = _normal(key, "down_FD", (F, D), EMBED_STD * (F * 2 * c.num_layers) ** -0.5)
+        self.up_DF = _random(key, "up_DF", (D, F), D**-0.5)
+        self.gate_DF = _random(key, "gate_DF", (D, F), D**-0.5) if c.gated else None
+        self.down_FD = _random(key, "down_FD", (F, D), EMBED_STD * (F * 2 * c.num_layers) ** -0.5)
         self.up_F = _full((F,), 0.0, c.biases)
         self.down_D = _full((D,), 0.0, c.biases)
 
@@ -266,13 +274,13 @@ class Decoder(nnx.Module):
         key = jax.random.key(seed) if isinstance(seed, int) else seed
         self.config = c
         self.compute = dataclasses.replace(compute or ComputeConfig())
-        self.embed_VD = _normal(key, "embed_VD", (c.vocab_size, c.d_model), EMBED_STD)
-        self.position_PD = (_normal(key, "position_PD", (c.max_seq_len, c.d_model), EMBED_STD)
+        self.embed_VD = _random(key, "embed_VD", (c.vocab_size, c.d_model), EMBED_STD)
+        self.position_PD = (_random(key, "position_PD", (c.max_seq_len, c.d_model), EMBED_STD)
                             if c.positions == "learned" else None)
         layer_keys = jax.random.split(jax.random.fold_in(key, 1), c.num_layers)
         self.blocks = nnx.vmap(lambda k: Block(c, k))(layer_keys)
         self.final_norm = Norm(c)
-        self.out_VD = None if c.tied else _normal(key, "out_VD", (c.vocab_size, c.d_model), c.d_model**-0.5)
+        self.out_VD = None if c.tied else _random(key, "out_VD", (c.vocab_size, c.d_model), c.d_model**-0.5)
 
     @property
     def head_VD(self) -> jax.Array:
