@@ -26,8 +26,8 @@ FORMAT = 1
 PACKAGES = ("lmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 # Config fields that may differ between the run that saved and the run that resumes. Everything else, such
-# as the model, the data, the objective, the optimizer, the batch and the seed, must be equal.
-FREE = ("name", "run_root", "steps", "mesh", "compute", "log", "checkpoint", "evals",
+# as the model, the data, the objective, the batch and the seed, must be equal.
+FREE = ("name", "run_root", "steps", "optim", "mesh", "compute", "log", "checkpoint", "evals",
         "data.cache_dir", "data.workers")
 
 
@@ -146,20 +146,28 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that look complete, newest first: both items are there. Stray folders are passed over."""
-        complete = []
-        for step in sorted(self.manager.all_steps(), reverse=True):
-            if all((self.folder / str(step) / item).is_dir() for item in ("state", "meta")):
-                complete.append(step)
-            else:
-                self.warn(f"{self.folder / str(step)}: not a complete checkpoint; passed over")
-        return complete
+        return [step for step in sorted(self.manager.all_steps(), reverse=True)
+                if all((self.folder / str(step) / item).is_dir() for item in ("state", "meta"))]
 
     def meta(self, step: int) -> dict:
         """The JSON saved beside the arrays."""
         try:
             return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.folder / str(step)}: unreadable meta ({_first_line(error)})") from None
+            raise CheckpointError(f"unreadable meta: {_first_line(error)}") from None
+
+    def set_aside(self, step: int, why: str) -> str:
+        """Renames a damaged checkpoint, so that its step can be saved again; nothing is ever deleted."""
+        bad = self.folder / str(step)
+        for number in range(1000):
+            aside = self.folder / f"damaged-{step}-{number}"
+            if not aside.exists():
+                bad.rename(aside)
+                break
+        self.manager.reload()
+        told = f"{bad}: damaged ({why}); set aside as {aside.name}"
+        self.warn(f"{told}; trying an older one")
+        return told
 
     def restore_latest(self, like: Any, wanted: dict) -> tuple[Any, dict] | None:
         """(state, meta) of the newest readable checkpoint placed as `like` says, or None if there is none.
@@ -167,13 +175,14 @@ class Checkpoints:
         like: the state as ShapeDtypeStructs with shardings. wanted: this run's meta; a checkpoint that was
         made by another model, tokenizer, data, … is refused with each field and both values.
         """
-        unreadable = []
-        for step in self.steps():
+        damaged = []
+        for step in sorted(self.manager.all_steps(), reverse=True):
             try:
+                if step not in self.steps():
+                    raise CheckpointError("it is not complete")
                 meta = self.meta(step)
             except CheckpointError as error:
-                unreadable.append(str(error))
-                self.warn(f"{error}; trying an older one")
+                damaged.append(self.set_aside(step, str(error)))
                 continue
             different = differences(meta, {"format": FORMAT, **wanted})
             if different:
@@ -185,12 +194,12 @@ class Checkpoints:
             except CheckpointError:
                 raise
             except Exception as error:  # Orbax raises many kinds for damaged files
-                unreadable.append(f"{self.folder / str(step)}: {_first_line(error)}")
-                self.warn(f"{unreadable[-1]}; unreadable, trying an older one")
-        if unreadable:
+                damaged.append(self.set_aside(step, _first_line(error)))
+        damaged = damaged or [f"{path} was set aside" for path in self.folder.glob("damaged-*")]
+        if damaged:  # also the second time: a run that has lost everything must not begin again unasked
             raise CheckpointError(
-                f"{self.folder}: {len(unreadable)} checkpoints and none is readable: {unreadable[0]}; move the "
-                "folder away to start again, or restore it from a copy")
+                f"{self.folder}: no checkpoint is readable: {damaged[0]}; restore one from a copy, or give this run "
+                "another name (--name=…) to start again")
         return None
 
     def restore(self, step: int, like: Any) -> Any:

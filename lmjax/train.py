@@ -20,13 +20,13 @@ import numpy as np
 
 from lmjax import flops
 from lmjax.axes import abstract_mesh, make_mesh
-from lmjax.checkpoint import Checkpoints, abstract, save_json, versions
+from lmjax.checkpoint import Checkpoints, abstract, flatten, save_json, versions
 from lmjax.config import RunConfig, fit_vocabulary, to_json, validate
 from lmjax.data import Batches, Corpus, Progress, load_tokenizer, prepare_all, validation_batches
 from lmjax.decode.generate import generate
 from lmjax.errors import CheckpointError, DataError, NonFiniteError
 from lmjax.evals.perplexity import evaluate, make_eval_step
-from lmjax.loader import Loader
+from lmjax.loader import Loader, local_rows
 from lmjax.log import RunLog, format_bytes, format_count, format_duration, read_metrics, summary
 from lmjax.models import Decoder
 from lmjax.nn.attention import choose_attention
@@ -90,6 +90,7 @@ def train(config: RunConfig) -> Path:
         if is_main:
             save_json(folder / "config.json", to_json(config))
             save_json(folder / "environment.json", environment(devices))
+            tokenizer.save(folder / "tokenizer.json")
         say_start(log, config, plan, corpus, batches, devices)
         if restored is not None:
             say_resume(log, config, saved_meta, first)
@@ -104,8 +105,9 @@ def train(config: RunConfig) -> Path:
             tokenizer.token_bytes(), (0, config.model.vocab_size - tokenizer.vocab_size)))
 
         def evaluate_and_sample(step: int, params) -> None:
-            held_out = validation_batches(corpus, config.batch_size, config.seq_len, config.evals.batches)
-            values = evaluate(eval_step, params, held_out, mesh)
+            held_out = validation_batches(corpus, config.batch_size, config.seq_len, config.evals.batches,
+                                          rows=local_rows(mesh, config.batch_size))
+            values = evaluate(eval_step, params, held_out, mesh, config.batch_size)
             log.write("eval", step, split="validation", **values)
             log.say(f"step {step}: validation loss {values['loss']:.4f}  perplexity {values['perplexity']:.4g}  "
                     f"bits/byte {values['bits_per_byte']:.4f}  ({values['tokens']:,} tokens)")
@@ -314,15 +316,23 @@ def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Bat
     ]))
 
 
+CHANGES = {  # what it means to change these between a save and a resume
+    "steps": "the schedule now ends there",
+    "optim": "from here on",
+    "mesh": "the run goes on within rounding, not bit for bit",
+    "compute": "the run goes on within rounding, not bit for bit",
+}
+
+
 def say_resume(log: RunLog, config: RunConfig, saved_meta: dict, first: int) -> None:
     """Says where a run continues, and which free settings differ from when it was saved."""
     log.say(f"continuing from step {first}")
     saved, now = saved_meta["config"], to_json(config)
-    for name in ("steps", "mesh", "compute"):
-        if saved[name] != now[name]:
-            meaning = ("the schedule now ends there" if name == "steps"
-                       else "the run goes on within rounding, not bit for bit")
-            log.say(f"{name} was {saved[name]} and is {now[name]}: {meaning}")
+    before, after = flatten(saved), flatten(now)
+    for name in sorted(before.keys() | after.keys()):
+        section = name.partition(".")[0]
+        if section in CHANGES and before.get(name) != after.get(name):
+            log.say(f"{name} was {before.get(name)} and is {after.get(name)}: {CHANGES[section]}")
     old = saved_meta["versions"]
     changed = [f"{k} {old.get(k)} -> {v}" for k, v in versions().items() if old.get(k) != v]
     if changed:

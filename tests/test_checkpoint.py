@@ -121,16 +121,19 @@ def test_damaged_newest_falls_back_to_the_one_before(state, tmp_path, damage):
         for file in newest.rglob("d/*"):
             file.write_bytes(file.read_bytes()[:10])
     with Checkpoints(tmp_path, CheckpointConfig(), warn=told.append) as checkpoints:
-        _, meta = checkpoints.restore_latest(like(state), META)
-    assert meta["step"] == 1 and told
+        restored, meta = checkpoints.restore_latest(like(state), META)
+        assert meta["step"] == 1 and len(told) == 1 and "set aside" in told[0]
+        checkpoints.save(99 if damage == "empty folder" else 2, restored, META)  # its step is free again
+    assert any(p.name.startswith("damaged-") for p in tmp_path.iterdir()), "never deleted"
 
 
 def test_nothing_readable_is_an_error_not_a_fresh_start(state, tmp_path):
     save(tmp_path, state)
     (tmp_path / "1" / "meta" / "metadata").write_text("{")
-    with Checkpoints(tmp_path, CheckpointConfig(), warn=lambda _: None) as checkpoints:
-        with pytest.raises(CheckpointError, match="none is readable"):
-            checkpoints.restore_latest(like(state), META)
+    for _ in range(2):  # also when the same command is given again
+        with Checkpoints(tmp_path, CheckpointConfig(), warn=lambda _: None) as checkpoints:
+            with pytest.raises(CheckpointError, match="no checkpoint is readable"):
+                checkpoints.restore_latest(like(state), META)
 
 
 def test_missing_folder_for_reading(tmp_path):

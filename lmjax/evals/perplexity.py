@@ -35,21 +35,19 @@ def make_eval_step(graphdef: nnx.GraphDef, token_bytes_V: np.ndarray) -> Callabl
 
 
 def evaluate(eval_step: Callable, params, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh,
-             progress: Callable[[int], None] = lambda done: None) -> dict[str, float]:
-    """{loss, perplexity, bits_per_byte, tokens, bytes} over host batches of one fixed shape.
+             batch_size: int) -> dict[str, float]:
+    """{loss, perplexity, bits_per_byte, tokens, bytes} over batches of `batch_size` rows, of which each host
+    gives its own (`loader.local_rows`).
 
     Sums are taken in float64 on the host, so that long evaluations lose nothing.
     """
     totals = np.zeros(3)  # nats, targets, bytes
     pending = None  # fetched one batch late, so that the device never waits for the host
-    for done, batch in enumerate(batches):
-        size = batch["tokens"].shape[0]
-        rows = local_rows(mesh, size)
-        placed = to_global({name: x[rows] for name, x in batch.items()}, rows, mesh, size)
+    for batch in batches:
+        placed = to_global(batch, local_rows(mesh, batch_size), mesh, batch_size)
         ready, pending = pending, eval_step(params, placed)
         if ready is not None:
             totals += [float(x) for x in jax.device_get(ready)]
-        progress(done)
     if pending is not None:
         totals += [float(x) for x in jax.device_get(pending)]
     nats, tokens, text_bytes = totals
