@@ -27,6 +27,11 @@ KINDS = {
 }
 
 
+@jax.jit
+def logits_of(model, ids, segments=None, positions=None):
+    return model(ids, segments, positions)
+
+
 def tokens(rows=2, length=24, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(0, 64, (rows, length)), jnp.int32)
 
@@ -82,11 +87,11 @@ def test_packed_equals_separate():
     positions = jnp.asarray(np.concatenate([np.arange(10), np.arange(14)])[None])
     for kind, config in KINDS.items():
         model = Decoder(config)
-        packed = model(ids, segments, positions)
-        alone = jnp.concatenate([model(ids[:, :10]), model(ids[:, 10:])], axis=1)
+        packed = logits_of(model, ids, segments, positions)
+        alone = jnp.concatenate([logits_of(model, ids[:, :10]), logits_of(model, ids[:, 10:])], axis=1)
         np.testing.assert_allclose(packed, alone, atol=3e-5, err_msg=kind)
     wrong = Decoder(KINDS["gpt2"])
-    assert np.abs(wrong(ids, segments) - wrong(ids, segments, positions)).max() > 1e-3, "positions must restart"
+    assert np.abs(logits_of(wrong, ids, segments) - logits_of(wrong, ids, segments, positions)).max() > 1e-3, "positions must restart"
 
 
 @pytest.mark.parametrize("window", [0, 3, 40])
@@ -99,7 +104,7 @@ def test_blockwise_equals_reference_with_gradients(window, softcap):
     mask = causal_mask(index, index, window)[None] & (segments[:, :, None] == segments[:, None])
 
     def both(f):
-        return jax.value_and_grad(lambda q, k, v: jnp.sum(jnp.cos(f(q, k, v))), (0, 1, 2))(q, k, v)
+        return jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum(jnp.cos(f(q, k, v))), (0, 1, 2)))(q, k, v)
 
     right = both(lambda q, k, v: reference_attention(q, k, v, mask, scale=0.3, softcap=softcap))
     ours = both(lambda q, k, v: blockwise_attention(q, k, v, segments, scale=0.3, softcap=softcap,
@@ -112,14 +117,15 @@ def test_blockwise_equals_reference_with_gradients(window, softcap):
 def test_cache_equals_the_whole_row(kind):
     """Prefill of prompts of unequal length, then single steps, against the full forward pass."""
     model, ids = Decoder(KINDS[kind]), tokens(2)
-    full = model(ids)
+    full = logits_of(model, ids)
+    extend = jax.jit(lambda model, ids, valid, cache: model.extend(ids, valid, cache))
     pad = 4  # the second row is a prompt that is 4 tokens shorter, padded on the left
     padded = jnp.stack([ids[0], jnp.concatenate([jnp.zeros(pad, jnp.int32), ids[1, :-pad]])])
     valid = jnp.ones_like(ids, bool).at[1, :pad].set(False)
     cache = model.new_cache(2, 24)
     outs = []
     for start, stop in ((0, 15), (15, 16), (16, 24)):
-        hidden, cache = model.extend(padded[:, start:stop], valid[:, start:stop], cache)
+        hidden, cache = extend(model, padded[:, start:stop], valid[:, start:stop], cache)
         outs.append(model.logits(hidden))
     outs = jnp.concatenate(outs, axis=1)
     np.testing.assert_allclose(outs[0], full[0], atol=3e-5)
@@ -138,7 +144,7 @@ def test_weights_do_not_depend_on_compute_and_do_on_seed():
 def test_initial_loss_is_that_of_a_uniform_guess():
     ids = tokens(8, 24)
     for kind, config in KINDS.items():
-        logp = jax.nn.log_softmax(Decoder(config)(ids[:, :-1]))
+        logp = jax.nn.log_softmax(logits_of(Decoder(config), ids[:, :-1]))
         loss = -np.mean(np.take_along_axis(np.asarray(logp), np.asarray(ids[:, 1:, None]), -1))
         assert loss == pytest.approx(np.log(64), rel=0.25), kind
 
@@ -163,7 +169,7 @@ from lmjax.models import Decoder, DecoderConfig
 model = Decoder(DecoderConfig(vocab_size=64, num_layers=3, d_model=32, windows=(4, 0)))
 tokens = jnp.arange(16).reshape(2, 8)
 logits = jax.jit(lambda m, t: m(t))(model, tokens)
-grads = jax.grad(lambda m: m(tokens).var())(model)
+grads = jax.jit(jax.grad(lambda m: m(tokens).var()))(model)
 print(float(abs(logits).sum()), float(abs(grads.blocks.mlp.up_DF[...]).sum()))
 """
     outputs = set()

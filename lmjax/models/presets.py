@@ -48,8 +48,8 @@ _LLAMA32 = dataclasses.replace(_LLAMA31, tied=True, rope_scaling=RopeScaling("ll
 _QWEN3 = DecoderConfig(vocab_size=151936, max_seq_len=40960, head_dim=128, norm_eps=1e-6, qk_norm=True,
                        rope_theta=1_000_000.0)
 
-# google/gemma-2-2b, -9b, -27b; layer 0 has the window. The 9B's query_pre_attn_scalar is 256 in config.json
-# (first released as 224, then corrected to head_dim).
+# google/gemma-2-2b, -9b, -27b; layer 0 has the window. The 9B's query_pre_attn_scalar is 256, its
+# head_dim.
 _GEMMA2 = DecoderConfig(vocab_size=256000, max_seq_len=8192, norm_eps=1e-6, post_norms=True,
                         windows=(4096, 0), activation="gelu_tanh", attention_softcap=50.0, logit_softcap=30.0,
                         scale_embed=True)
