@@ -29,7 +29,7 @@ def get_config() -> RunConfig:
         objective=PretrainConfig(goldfish=GoldfishConfig(strategy="hash", k=4, context=13)),
         data=DataConfig(sources=(SourceConfig(kind="pystdlib"),), tokenizer="bpe", bpe_vocab_size=2048),
         optim=OptimConfig(learning_rate=4e-3, warmup_steps=60),
-        evals=EvalConfig(every=300, batches=50, prompts=("def ", "class ", "import "),
+        evals=EvalConfig(every=150, batches=25, prompts=("def ", "class ", "import "),
                          sample=SampleConfig(max_new_tokens=96)),
         checkpoint=CheckpointConfig(every=300, keep=2),
         log=LogConfig(every=10),

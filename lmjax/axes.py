@@ -104,7 +104,7 @@ def weight_letters(name: str, ndim: int) -> str:
 def weight_spec(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
     """The sharding of a weight (or of its gradient or optimizer moment) by its name.
 
-    Vectors (norm scales, biases) and anything not named by letters are replicated: they are small, and
+    Vectors (norm scales, most biases) and anything not named by letters are replicated: they are small, and
     gathering them layer by layer costs more than it saves.
     """
     letters = weight_letters(name, len(shape))

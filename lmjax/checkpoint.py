@@ -5,9 +5,11 @@ A checkpoint is RUN/checkpoints/<step>/ with two items: `state`, the arrays as n
 the libraries, and the fingerprints of tokenizer and data. The arrays restore onto any mesh.
 """
 
+import contextlib
 import dataclasses
 import errno
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -134,14 +136,14 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, meta: dict) -> None:
         """Starts a save and returns once the arrays are copied; waits for the save before it."""
-        with self._storage(step):
+        with self._writing(step):
             self.manager.save(step, args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(to_dict(state)),
                 meta=ocp.args.JsonSave({"format": FORMAT, "step": step, **meta})))
 
     def wait(self) -> None:
         """Returns when the save in flight is complete."""
-        with self._storage(None):
+        with self._writing():
             self.manager.wait_until_finished()
 
     def steps(self) -> list[int]:
@@ -156,18 +158,13 @@ class Checkpoints:
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"unreadable meta: {_first_line(error)}") from None
 
-    def set_aside(self, step: int, why: str) -> str:
+    def set_aside(self, step: int, why: str) -> None:
         """Renames a damaged checkpoint, so that its step can be saved again; nothing is ever deleted."""
-        bad = self.folder / str(step)
-        for number in range(1000):
-            aside = self.folder / f"damaged-{step}-{number}"
-            if not aside.exists():
-                bad.rename(aside)
-                break
+        names = (self.folder / f"damaged-{step}-{number}" for number in itertools.count())
+        aside = next(name for name in names if not name.exists())
+        (self.folder / str(step)).rename(aside)
         self.manager.reload()
-        told = f"{bad}: damaged ({why}); set aside as {aside.name}"
-        self.warn(f"{told}; trying an older one")
-        return told
+        self.warn(f"{self.folder / str(step)}: damaged ({why}); set aside as {aside.name}, going on from an older one")
 
     def restore_latest(self, like: Any, wanted: dict) -> tuple[Any, dict] | None:
         """(state, meta) of the newest readable checkpoint placed as `like` says, or None if there is none.
@@ -175,14 +172,15 @@ class Checkpoints:
         like: the state as ShapeDtypeStructs with shardings. wanted: this run's meta; a checkpoint that was
         made by another model, tokenizer, data, … is refused with each field and both values.
         """
-        damaged = []
+        damaged = {}
+        complete = self.steps()
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
-                if step not in self.steps():
+                if step not in complete:
                     raise CheckpointError("it is not complete")
                 meta = self.meta(step)
             except CheckpointError as error:
-                damaged.append(self.set_aside(step, str(error)))
+                damaged[step] = str(error)
                 continue
             different = differences(meta, {"format": FORMAT, **wanted})
             if different:
@@ -190,16 +188,21 @@ class Checkpoints:
                     f"{self.folder / str(step)}: belongs to another run: " + "; ".join(different)
                     + "; change it back, or give this run another name (--name=…)")
             try:
-                return self.restore(step, like), meta
+                state = self.restore(step, like)
             except CheckpointError:
                 raise
             except Exception as error:  # Orbax raises many kinds for damaged files
-                damaged.append(self.set_aside(step, _first_line(error)))
-        damaged = damaged or [f"{path} was set aside" for path in self.folder.glob("damaged-*")]
-        if damaged:  # also the second time: a run that has lost everything must not begin again unasked
+                damaged[step] = _first_line(error)
+                continue
+            # Only now is it known that the newer ones, and not this machine, are at fault.
+            for bad, why in damaged.items():
+                self.set_aside(bad, why)
+            return state, meta
+        if damaged:
+            step, why = next(iter(damaged.items()))
             raise CheckpointError(
-                f"{self.folder}: no checkpoint is readable: {damaged[0]}; restore one from a copy, or give this run "
-                "another name (--name=…) to start again")
+                f"{self.folder}: none of its checkpoints can be read; the newest, {step}: {why}; mend that, restore "
+                "one from a copy, or give this run another name (--name=…) to start again")
         return None
 
     def restore(self, step: int, like: Any) -> Any:
@@ -215,27 +218,17 @@ class Checkpoints:
                 wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
                 partial_restore=True))).state)
 
-    def _storage(self, step: int | None):
-        return _StorageErrors(self, step)
-
-
-class _StorageErrors:
-    """Turns what Orbax raises while it writes into one line that says what is left intact."""
-
-    def __init__(self, checkpoints: Checkpoints, step: int | None):
-        self.checkpoints, self.step = checkpoints, step
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, trace) -> bool:
-        if error is None or isinstance(error, (CheckpointError, KeyboardInterrupt, SystemExit)):
-            return False
-        intact = [s for s in self.checkpoints.steps() if s != self.step]
-        kept = f"step {intact[0]} and older ones are intact" if intact else "no earlier one exists"
-        raise CheckpointError(
-            f"{self.checkpoints.folder}: a checkpoint could not be written ({_first_line(error)}); {kept}; free "
-            "some space or mend the disk and run the same command again") from error
+    @contextlib.contextmanager
+    def _writing(self, step: int | None = None):
+        """Turns what Orbax raises while it writes into one line that says what is left intact."""
+        try:
+            yield
+        except Exception as error:
+            intact = [s for s in self.steps() if s != step]
+            kept = f"step {intact[0]} and older ones are intact" if intact else "no earlier one exists"
+            raise CheckpointError(
+                f"{self.folder}: a checkpoint could not be written ({_first_line(error)}); {kept}; mend that (free "
+                "some space, if it is the disk) and run the same command again") from error
 
 
 def _first_line(error: BaseException) -> str:

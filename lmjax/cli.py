@@ -24,7 +24,7 @@ USAGE = """usage: lmjax COMMAND …
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"lmjax {command}", description=description,
+    return argparse.ArgumentParser(prog=f"lmjax {command}", description=description, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
@@ -135,8 +135,12 @@ def main(args: list[str] | None = None) -> int:
         for line in getattr(error, "problems", None) or (str(error),):
             print(f"lmjax: {line}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a disk that fills up under a log, say; what was written before stays
+        print(f"lmjax: {error.filename or args[0]}: {error.strerror or error}; mend that and give the same command "
+              "again", file=sys.stderr)
+        return 4
     except KeyboardInterrupt:
-        print("\nlmjax: stopped; the same command continues from the newest checkpoint", file=sys.stderr)
+        print(f"\nlmjax: {args[0]} was stopped", file=sys.stderr)
         return 130
 
 

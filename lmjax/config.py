@@ -107,6 +107,13 @@ def validate(config: RunConfig, num_devices: int) -> None:
     if c.objective.goldfish.strategy in ("hash", "hash_table") and c.objective.goldfish.context >= c.seq_len:
         bad.append(f"objective.goldfish.context={c.objective.goldfish.context}: must be shorter than "
                    f"seq_len={c.seq_len}, or nothing is ever dropped")
+    if "://" in c.run_root:
+        bad.append(f"run_root={c.run_root!r}: must be a folder of this machine, not an address")
+    if c.evals.prompts and c.evals.sample.max_new_tokens >= c.model.max_seq_len:
+        bad.append(f"evals.sample.max_new_tokens={c.evals.sample.max_new_tokens}: a prompt and its new tokens must "
+                   f"fit into model.max_seq_len={c.model.max_seq_len}; lower it")
+    if c.evals.every and not c.data.validation_fraction and any(s.kind != "shards" for s in c.data.sources):
+        bad.append("data.validation_fraction=0 holds nothing out to evaluate on; raise it, or set evals.every=0")
     if not mesh_problems and not c.model.problems():
         bad += _mesh_problems(c, num_devices)
     if bad:
@@ -128,6 +135,26 @@ def _mesh_problems(c: RunConfig, num_devices: int) -> list[str]:
                 bad.append(f"mesh.{axis}={mesh.shape[axis]} does not divide model.{name}={size}; "
                            "choose sizes that do")
     return bad
+
+
+def ignored(c: RunConfig) -> list[str]:
+    """Settings that have no effect in this config, one line each; a run warns of them."""
+    fish, default = c.objective.goldfish, GoldfishConfig()
+    uses = {"none": (), "hash": ("k", "context", "seed"), "hash_table": ("k", "context"),
+            "static": ("k",), "random": ("k",)}[fish.strategy]
+    found = [f"objective.goldfish.{name}={getattr(fish, name)} has no effect with strategy={fish.strategy!r}"
+             for name in ("k", "context", "seed")
+             if name not in uses and getattr(fish, name) != getattr(default, name)]
+    if len(c.model.windows) > c.model.num_layers:
+        found.append(f"model.windows has {len(c.model.windows)} entries for {c.model.num_layers} layers; the last "
+                     "ones have no effect")
+    if c.model.rope_scaling and (c.model.positions != "rope" or all(c.model.windows)):
+        found.append("model.rope_scaling has no effect: no layer without a window has rotary positions")
+    if c.optim.schedule != "wsd" and c.optim.decay_fraction != OptimConfig().decay_fraction:
+        found.append(f"optim.decay_fraction has no effect with schedule={c.optim.schedule!r}")
+    if not c.evals.every and c.evals.prompts:
+        found.append("evals.prompts have no effect with evals.every=0")
+    return found
 
 
 def fit_vocabulary(config: RunConfig, tokenizer_name: str, vocab_size: int) -> RunConfig:
@@ -181,7 +208,7 @@ def _run_file(path: Path) -> RunConfig:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except (AttributeError, NameError, TypeError, SyntaxError, ImportError) as error:
+    except Exception as error:  # whatever a user's own code raises
         raise ConfigError(f"{path}: {type(error).__name__}: {error}; a config file defines "
                           "get_config() -> RunConfig with the fields of lmjax.config") from error
     if not isinstance(config, RunConfig):
@@ -238,8 +265,8 @@ def _parse(text: str, wanted: Any) -> Any:
             raise ValueError(f"expected {'a whole number' if wanted is int else 'a number'}") from None
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = tuple(text.split(","))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = text
     if typing.get_origin(wanted) is tuple and not isinstance(value, (tuple, list)):
         value = (value,)
     try:

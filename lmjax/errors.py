@@ -33,6 +33,14 @@ class CheckpointError(UserError):
     exit_code = 4
 
 
+class Stopped(UserError):
+    """A signal asked the run to stop, and it did, at a step that is saved."""
+
+    def __init__(self, message: str, name: str):
+        super().__init__(message)
+        self.exit_code = {"SIGINT": 130, "SIGTERM": 143}[name]
+
+
 class NonFiniteError(UserError):
     """Training produced a NaN or an infinity; the last good checkpoint is intact."""
 

@@ -1,7 +1,8 @@
 """FLOPs of a token, peaks of chips, and the model-FLOPs utilisation (MFU) that follows.
 
 FLOPs count matrix products only, as PaLM does (arXiv 2204.02311, appendix B): 6 per matrix weight and
-token, forward and backward, plus attention's 12 N H times the keys that a query sees on average.
+token, forward and backward, plus attention's 12 N H times the keys that a query sees on average. PaLM counts
+every key of the row, seen or not; so figures by its formula are a little higher.
 Recomputation is not counted. A ratio is given only where the peak is known for certain.
 """
 

@@ -39,18 +39,21 @@ class OptimConfig:
 
     def problems(self, total_steps: int, prefix: str = "optim") -> list[str]:
         bad = []
-        for name, low, high in (("learning_rate", 0, 10), ("eps", 0, 1), ("weight_decay", 0, 10),
+        for name, low, high in (("learning_rate", 0, 10), ("weight_decay", 0, 10),
                                 ("clip_norm", 0, 1e9), ("final_fraction", 0, 1), ("decay_fraction", 0, 1)):
             value = getattr(self, name)
             if not low <= value <= high:
                 bad.append(f"{prefix}.{name}={value}: must be from {low} to {high:g}")
+        if not 0 < self.eps <= 1:
+            bad.append(f"{prefix}.eps={self.eps}: must be above 0 and at most 1; with 0 a zero gradient becomes 0 / 0")
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 bad.append(f"{prefix}.{name}={getattr(self, name)}: must be at least 0 and below 1")
         if self.schedule not in SCHEDULES:
             bad.append(f"{prefix}.schedule={self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
         if not 0 <= self.warmup_steps <= total_steps:
-            bad.append(f"{prefix}.warmup_steps={self.warmup_steps}: must be from 0 to steps={total_steps}")
+            bad.append(f"{prefix}.warmup_steps={self.warmup_steps}: must be from 0 to steps={total_steps}; set "
+                       f"--{prefix}.warmup_steps={total_steps // 10}, say")
         for pattern in self.decay:
             try:
                 re.compile(pattern)
@@ -80,8 +83,9 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> tuple[optax.Gradien
                                                                    optax.Schedule]:
     """(the chain, its schedule). The gradients that it is given are means over the global batch."""
     schedule = make_schedule(config, total_steps)
-    chain = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    chain += [
+    chain = [
+        # Always one link, so that the state keeps its names when clipping is switched on between two attempts.
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=lambda params: name_mask(params, config.decay)),
         optax.scale_by_learning_rate(schedule),

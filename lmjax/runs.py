@@ -20,7 +20,7 @@ from lmjax.errors import CheckpointError, ConfigError, DataError
 from lmjax.evals.perplexity import evaluate, make_eval_step
 from lmjax.log import printable
 from lmjax.models import Decoder
-from lmjax.state import graphdef, shardings
+from lmjax.state import abstract_params, graphdef, shardings
 
 
 @dataclasses.dataclass
@@ -48,7 +48,7 @@ def open_run(folder: str | Path, step: int = 0) -> Opened:
     config = read_run_config(folder)
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     build = functools.partial(Decoder, config.model, compute=config.compute)
-    params = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.split(build(jax.random.key(0)))[1]))
+    params = abstract_params(build)
     like = {"params": abstract(params, shardings(params, mesh))}
     with Checkpoints(folder / "checkpoints", CheckpointConfig(), read_only=True) as checkpoints:
         steps = checkpoints.steps()
@@ -66,7 +66,7 @@ def evaluate_run(folder: str, batches: int, step: int) -> None:
     run = open_run(folder, step)
     corpus = prepare_all(run.config.data)
     if corpus.fingerprint != run.meta["corpus"]["fingerprint"]:
-        raise DataError(f"{folder}: was trained on other data than data.sources now give (fingerprint "
+        raise DataError(f"{folder}: was trained on other data than data.sources give now (fingerprint "
                         f"{run.meta['corpus']['fingerprint'][:12]}, now {corpus.fingerprint[:12]}); bring the old "
                         "files or Python version back")
     vocab_size = run.config.model.vocab_size
@@ -83,6 +83,8 @@ def evaluate_run(folder: str, batches: int, step: int) -> None:
 def generate_from_run(folder: str, prompts: list[str], sample: SampleConfig, seed: int, step: int) -> None:
     """Prints continuations of the prompts, with the tokenizer that the run kept."""
     problems = sample.problems("generate")
+    if not 0 <= seed < 2**32:
+        problems.append(f"--seed {seed}: must be from 0 to 2^32 - 1")
     if problems:
         raise ConfigError(*problems)
     run = open_run(folder, step)
@@ -93,7 +95,7 @@ def generate_from_run(folder: str, prompts: list[str], sample: SampleConfig, see
         raise DataError(f"prompt and new tokens make {longest} tokens, and model.max_seq_len is "
                         f"{run.config.model.max_seq_len}; shorten the prompt or lower --max-new-tokens")
     with jax.set_mesh(run.mesh):
-        outs = generate(run.graphdef, run.params, ids, sample, seed=seed, vocab_size=tokenizer.vocab_size,
-                        eos_id=tokenizer.eos_id)
+        outs = generate(run.graphdef, run.params, ids, sample, key=jax.random.key(seed),
+                        vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
     for prompt, out in zip(prompts, outs, strict=True):
         print(f"--- {folder} at step {run.step} ---\n{printable(prompt + tokenizer.decode(out))}")

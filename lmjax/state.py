@@ -36,8 +36,8 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 def make_init(build: Callable[[jax.Array], nnx.Module],
               tx: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
-    """A function of a PRNG key that makes the state at step 0; jit it with `shardings` as out_shardings,
-    so that no weight ever exists whole on one device."""
+    """A function of a PRNG key that makes the state at step 0, the same bits on any mesh. Jit it with
+    `shardings` as out_shardings, so that no weight ever exists whole on one device."""
 
     def init(key: jax.Array) -> TrainState:
         params = nnx.to_pure_dict(nnx.split(build(key))[1])
@@ -51,9 +51,6 @@ def graphdef(build: Callable[[jax.Array], nnx.Module]) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))[0]
 
 
-def init_state(init: Callable[[jax.Array], TrainState], mesh: Mesh, seed: int) -> tuple[TrainState, Any]:
-    """(state, its shardings) on the mesh; the same bits on any mesh."""
-    abstract = jax.eval_shape(init, jax.random.key(0))
-    placed = shardings(abstract, mesh)
-    with jax.set_mesh(mesh):
-        return jax.jit(init, out_shardings=placed)(jax.random.key(seed)), placed
+def abstract_params(build: Callable[[jax.Array], nnx.Module]) -> dict:
+    """The weights as shapes. Allocates nothing."""
+    return jax.eval_shape(lambda key: nnx.to_pure_dict(nnx.split(build(key))[1]), jax.random.key(0))

@@ -70,6 +70,7 @@ def make_train_step(loss: Loss, graphdef: nnx.GraphDef, tx: optax.GradientTransf
         params = optax.apply_updates(state.params, updates)
         one = jnp.float32(1)
         metrics |= {"weight": (weight, one), "grad_norm": (global_norm(grads), one),
+                    "param_norm": (global_norm(params), one),
                     "lr": (jnp.asarray(schedule(state.step), jnp.float32), one)}
         return TrainState(state.step + 1, params, opt_state), metrics
 

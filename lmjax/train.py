@@ -11,20 +11,27 @@ import math
 import os
 import platform
 import resource
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: run folders are not locked there
+    fcntl = None
+
 from lmjax import flops
 from lmjax.axes import abstract_mesh, make_mesh
 from lmjax.checkpoint import Checkpoints, abstract, flatten, save_json, versions
-from lmjax.config import RunConfig, fit_vocabulary, to_json, validate
+from lmjax.config import RunConfig, fit_vocabulary, ignored, to_json, validate
 from lmjax.data import Batches, Corpus, Progress, load_tokenizer, prepare_all, validation_batches
 from lmjax.decode.generate import generate
-from lmjax.errors import CheckpointError, DataError, NonFiniteError
+from lmjax.errors import CheckpointError, DataError, NonFiniteError, Stopped
 from lmjax.evals.perplexity import evaluate, make_eval_step
 from lmjax.loader import Loader, local_rows
 from lmjax.log import RunLog, format_bytes, format_count, format_duration, read_metrics, summary
@@ -33,7 +40,7 @@ from lmjax.nn.attention import choose_attention
 from lmjax.objectives import pretrain
 from lmjax.optim import make_optimizer
 from lmjax.plan import describe, make_plan, parameter_table
-from lmjax.state import graphdef, init_state, make_init, shardings
+from lmjax.state import graphdef, make_init, shardings
 from lmjax.step import make_train_step
 
 
@@ -50,10 +57,12 @@ def train(config: RunConfig) -> Path:
     validate(config, len(devices))
     is_main = jax.process_index() == 0
     folder = config.folder
-    open_folder(folder)
 
     with contextlib.ExitStack() as stack:
-        lock = stack.enter_context(lock_folder(folder))  # noqa: F841  held until the run ends
+        stack.enter_context(open_folder(folder))
+        stop = stack.enter_context(StopSignals())
+        stack.enter_context(jax.default_matmul_precision(
+            "highest" if config.compute.dtype == "float32" else "default"))  # or TPUs and GPUs round to bfloat16
 
         # ---- Data -------------------------------------------------------------------------------------
         corpus = prepare_all(config.data, progress=say_preparing if is_main else None)
@@ -75,7 +84,7 @@ def train(config: RunConfig) -> Path:
         placed = shardings(plan.state, mesh)
         restored = checkpoints.restore_latest(abstract(plan.state, placed), meta)
         if restored is None:
-            state, placed = init_state(make_init(build, tx), mesh, config.seed)
+            state = jax.jit(make_init(build, tx), out_shardings=placed)(jax.random.key(config.seed))
             first = 0
         else:
             state, saved_meta = restored
@@ -94,8 +103,9 @@ def train(config: RunConfig) -> Path:
         say_start(log, config, plan, corpus, batches, devices)
         if restored is not None:
             say_resume(log, config, saved_meta, first)
-        log.write("start", first, time=time.time(), devices=f"{len(devices)} x {devices[0].device_kind}",
-                  parameters=plan.num_params, flops_per_token=plan.flops_per_token)
+        if first < config.steps:
+            log.write("start", first, time=time.time(), devices=f"{len(devices)} x {devices[0].device_kind}",
+                      parameters=plan.num_params, flops_per_token=plan.flops_per_token)
 
         # ---- The two compiled programs ----------------------------------------------------------------
         loss = functools.partial(pretrain.loss, config.objective)
@@ -134,7 +144,7 @@ def train(config: RunConfig) -> Path:
                 pending = (done, metrics)
 
                 evaluates = config.evals.every and (done % config.evals.every == 0 or done == config.steps)
-                saves = done % config.checkpoint.every == 0 or done == config.steps
+                saves = done % config.checkpoint.every == 0 or done == config.steps or stop.name
                 if evaluates or saves:
                     meter.flush(pending, log, loader)  # so that nothing that is not finite is ever saved
                     pending = None
@@ -143,10 +153,14 @@ def train(config: RunConfig) -> Path:
                             evaluate_and_sample(done, state.params)
                         if saves:
                             checkpoints.save(done, state, meta)
+                if stop.name and done < config.steps:
+                    checkpoints.wait()
+                    raise Stopped(f"{stop.name}: saved step {done} of {config.steps}; the same command continues",
+                                  stop.name)
         checkpoints.wait()
 
         # ---- The end ----------------------------------------------------------------------------------
-        if first == config.steps:
+        if first == config.steps and (folder / "summary.json").exists():
             log.say(f"{folder} is complete at step {first}; nothing to do. Raise --steps to train on.")
         elif is_main:
             commands = [f"lmjax generate {folder} --prompt '…'"]
@@ -184,13 +198,14 @@ class Meter:
             return
         step, metrics = pending
         values = {name: float(s) / float(w) for name, (s, w) in jax.device_get(metrics).items() if w > 0}
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", "grad_norm", "param_norm"):
             if not math.isfinite(values.get(name, 0.0)):
                 raise NonFiniteError(f"step {step}: {name} is {values[name]}; nothing of it was saved; lower "
                                      "optim.learning_rate or set optim.clip_norm, and run the same command again")
         if values["weight"] == 0:
             raise DataError(f"step {step}: every target of the batch has weight 0, so there is nothing to learn "
-                            "from; look at the data with `lmjax data inspect` and at objective.goldfish.k")
+                            "from; look at the data with `lmjax data inspect`, or raise batch_size or "
+                            "objective.goldfish.k under another --name")
         if step % self.config.log.every and step not in (1, self.config.steps):
             return
         now = time.perf_counter()
@@ -227,8 +242,9 @@ def sample_texts(config: RunConfig, model_def, params, tokenizer, step: int) -> 
     if not config.evals.prompts:
         return []
     prompts = [np.concatenate([[tokenizer.bos_id], tokenizer.encode(p)]) for p in config.evals.prompts]
-    outs = generate(model_def, params, prompts, config.evals.sample, seed=config.seed + step,
-                    vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    outs = generate(model_def, params, prompts, config.evals.sample, key=key, vocab_size=tokenizer.vocab_size,
+                    eos_id=tokenizer.eos_id)
     return [(p, tokenizer.decode(out)) for p, out in zip(config.evals.prompts, outs, strict=True)]
 
 
@@ -246,39 +262,55 @@ def environment(devices) -> dict:
 # ---- The run folder ------------------------------------------------------------------------------------
 
 
-def open_folder(folder: Path) -> None:
-    """Makes the run folder, or refuses one that is not a run's or cannot be written."""
+@contextlib.contextmanager
+def open_folder(folder: Path):
+    """Makes the run folder and holds its lock, which the operating system lets go however the process ends.
+
+    Refuses a folder that is not a run's, cannot be written, or is held by another process.
+    """
     try:
         if folder.exists() and (not folder.is_dir() or (
-                any(folder.iterdir()) and not (folder / "config.json").exists()
-                and not (folder / "run.lock").exists())):
+                any(folder.iterdir()) and not (folder / "run.lock").exists())):
             raise CheckpointError(f"{folder}: exists and is not a run of lmjax; give this run another name "
                                   "(--name=…) or move it away")
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_text("")
-        probe.unlink()
+        lock = open(folder / "run.lock", "a")
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror}); check its permissions and the "
                               "free space, or set --run_root=…") from None
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path):
-    """Holds the run folder for this process; the operating system lets go of it however the process ends."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        yield
-        return
-    with open(folder / "run.lock", "w") as lock:
-        if jax.process_index() == 0:
+    with lock:
+        if fcntl is not None and jax.process_index() == 0:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise CheckpointError(f"{folder}: another process is training in it; wait for it, or give this "
                                       "run another name (--name=…)") from None
         yield
+
+
+class StopSignals:
+    """Turns the first SIGTERM or Ctrl-C into a wish to stop at the next step; a second one ends at once.
+
+    name: of the signal that came, or "".
+    """
+
+    def __init__(self):
+        self.name = ""
+        self._before = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number, frame) -> None:
+        self.name = signal.Signals(number).name
+        self.__exit__()
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 # ---- Words ---------------------------------------------------------------------------------------------
@@ -296,7 +328,7 @@ def say_preparing(done: Progress) -> None:
 def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Batches, devices) -> None:
     """The card at the start of a run: what runs where, and why."""
     platform_name = devices[0].platform
-    attention, why = choose_attention(config.compute.attention, config.seq_len, platform_name)
+    attention, why = choose_attention(config.compute.attention, config.seq_len)
     peak = flops.peak(devices[0].device_kind, config.compute.dtype)
     mfu = "MFU against its bfloat16 peak" if peak else "MFU n/a: its peak in this dtype is not known"
     goldfish = config.objective.goldfish
@@ -312,13 +344,14 @@ def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Bat
         + (f", one target in {goldfish.k} dropped" if goldfish.strategy != "none" else ""),
         "",
         parameter_table(plan),
+        *(f"warning: {text}" for text in ignored(config)),
         "",
     ]))
 
 
 CHANGES = {  # what it means to change these between a save and a resume
     "steps": "the schedule now ends there",
-    "optim": "from here on",
+    "optim": "from here on, so the run is no longer what its config alone gives",
     "mesh": "the run goes on within rounding, not bit for bit",
     "compute": "the run goes on within rounding, not bit for bit",
 }

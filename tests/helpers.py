@@ -16,7 +16,7 @@ from lmjax.loader import to_global
 from lmjax.models import ComputeConfig, Decoder, DecoderConfig
 from lmjax.objectives import pretrain
 from lmjax.optim import OptimConfig, make_optimizer
-from lmjax.state import graphdef, init_state, make_init
+from lmjax.state import graphdef, make_init, shardings
 from lmjax.step import make_train_step
 from lmjax.tree import named_leaves
 
@@ -52,7 +52,9 @@ def run_steps(mesh: MeshConfig, num_devices: int, *, steps: int = 3, accumulate:
     built = make_mesh(mesh, jax.devices()[:num_devices])
     loss = functools.partial(pretrain.loss, objective or pretrain.PretrainConfig())
     with jax.set_mesh(built):
-        state, placed = init_state(make_init(build, tx), built, seed=0)
+        init = make_init(build, tx)
+        placed = shardings(jax.eval_shape(init, jax.random.key(0)), built)
+        state = jax.jit(init, out_shardings=placed)(jax.random.key(0))
         first = jax.device_get(state.params)
         train_step = make_train_step(loss, graphdef(build), tx, schedule, seed=0, accumulate=accumulate,
                                      shardings=placed)

@@ -132,7 +132,7 @@ def test_nothing_readable_is_an_error_not_a_fresh_start(state, tmp_path):
     (tmp_path / "1" / "meta" / "metadata").write_text("{")
     for _ in range(2):  # also when the same command is given again
         with Checkpoints(tmp_path, CheckpointConfig(), warn=lambda _: None) as checkpoints:
-            with pytest.raises(CheckpointError, match="no checkpoint is readable"):
+            with pytest.raises(CheckpointError, match="none of its checkpoints can be read"):
                 checkpoints.restore_latest(like(state), META)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lmjax.axes import MeshConfig
-from lmjax.config import RunConfig, fit_vocabulary, from_json, load_config, to_json, validate
+from lmjax.config import RunConfig, fit_vocabulary, from_json, ignored, load_config, to_json, validate
 from lmjax.errors import ConfigError
 from lmjax.train import dry_run
 
@@ -45,10 +45,10 @@ def test_wrong_types_are_refused(override, word):
 def test_overrides_take_effect_with_their_types():
     config = load_config(QUICKSTART, ["--steps=7", "--model.windows=(8, 0)", "--model.tied=false",
                                       "--optim.learning_rate=1", "--data.sources[0].weight=2",
-                                      "--evals.prompts=a,b", "--model.rope_scaling={'kind': 'linear'}"])
+                                      "--evals.prompts=def f(a, b):", "--model.rope_scaling={'kind': 'linear'}"])
     assert (config.steps, config.model.windows, config.model.tied) == (7, (8, 0), False)
     assert config.optim.learning_rate == 1.0 and type(config.optim.learning_rate) is float
-    assert config.data.sources[0].weight == 2.0 and config.evals.prompts == ("a", "b")
+    assert config.data.sources[0].weight == 2.0 and config.evals.prompts == ("def f(a, b):",)
     assert config.model.rope_scaling.kind == "linear"
     assert load_config(QUICKSTART).steps != 7, "a config is made anew each time"
 
@@ -69,7 +69,9 @@ def test_every_problem_is_reported_at_once():
     (["--mesh.data=3"], "there are 8"), (["--objective.goldfish.context=5000"], "nothing is ever dropped"),
     (["--checkpoint.keep_every=7"], "multiple of"), (["--optim.warmup_steps=100000"], "warmup_steps"),
     (["--model.num_heads=5"], "does not divide d_model"), (["--model.num_kv_heads=4"], "num_kv_heads"),
-    (["--mesh.fsdp=0"], "at least 1"), (["--data.validation_fraction=2"], "validation_fraction"),
+    (["--mesh.fsdp=0"], "at least 1"), (["--run_root=gs://bucket/x"], "run_root"),
+    (["--evals.sample.max_new_tokens=512"], "max_new_tokens"), (["--optim.eps=0"], "eps=0"),
+    (["--data.validation_fraction=0"], "evals.every=0"), (["--data.validation_fraction=2"], "validation_fraction"),
 ])
 def test_cross_field_checks(overrides, word):
     assert any(word in p for p in problems(*overrides)), problems(*overrides)
@@ -97,6 +99,16 @@ def test_files_that_are_no_config(tmp_path, text, word):
 def test_missing_file_names_a_near_one():
     with pytest.raises(ConfigError, match="quickstart.py"):
         load_config(ROOT / "configs" / "quickstat.py")
+
+
+def test_settings_without_effect_are_told():
+    assert not ignored(load_config(QUICKSTART))
+    odd = load_config(QUICKSTART, ["--objective.goldfish.strategy=static", "--objective.goldfish.context=5",
+                                   "--model.windows=(4,)", "--model.rope_scaling={'kind': 'linear'}",
+                                   "--optim.decay_fraction=0.5", "--evals.every=0"])
+    for word in ("context=5", "rope_scaling", "decay_fraction", "prompts"):
+        assert any(word in text for text in ignored(odd)), word
+    assert ignored(load_config(QUICKSTART, ["--model.windows=(1,2,3,4,5,6)"]))
 
 
 def test_json_round_trip():

@@ -106,6 +106,13 @@ def test_labels_out_of_range_and_zero_weights_are_silent():
         assert np.all(np.asarray(value) == 0)
 
 
+def test_negative_weights_push_away():
+    """A weight of -1 (an advantage, say) is a weight like any other."""
+    x, head, targets, weights = inputs()
+    for a, b in zip(chunked(x, head, targets, -weights), chunked(x, head, targets, weights), strict=True):
+        np.testing.assert_allclose(a, -np.asarray(b), rtol=1e-6)
+
+
 def test_upstream_scale_reaches_the_gradient():
     x, head, targets, weights = inputs()
     once = jax.grad(lambda h: cross_entropy(x, h, targets, weights)[0])(head)

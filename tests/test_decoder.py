@@ -91,7 +91,8 @@ def test_packed_equals_separate():
         alone = jnp.concatenate([logits_of(model, ids[:, :10]), logits_of(model, ids[:, 10:])], axis=1)
         np.testing.assert_allclose(packed, alone, atol=3e-5, err_msg=kind)
     wrong = Decoder(KINDS["gpt2"])
-    assert np.abs(logits_of(wrong, ids, segments) - logits_of(wrong, ids, segments, positions)).max() > 1e-3, "positions must restart"
+    without = logits_of(wrong, ids, segments)
+    assert np.abs(without - logits_of(wrong, ids, segments, positions)).max() > 1e-4, "positions must restart"
 
 
 @pytest.mark.parametrize("window", [0, 3, 40])

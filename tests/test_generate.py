@@ -20,8 +20,8 @@ def model():
 
 def run(model, prompts, seed=0, eos_id=63, vocab_size=64, **config):
     _, graphdef, params = model
-    return generate(graphdef, params, [np.asarray(p) for p in prompts], SampleConfig(**config), seed=seed,
-                    vocab_size=vocab_size, eos_id=eos_id)
+    return generate(graphdef, params, [np.asarray(p) for p in prompts], SampleConfig(**config),
+                    key=jax.random.key(seed),                    vocab_size=vocab_size, eos_id=eos_id)
 
 
 def test_greedy_equals_argmax_of_the_whole_row(model):

@@ -1,5 +1,6 @@
 """Killed and started again by the same command, a run ends with the bits of one that was never interrupted."""
 
+import contextlib
 import json
 import random
 import signal
@@ -111,3 +112,35 @@ def test_a_resume_that_loses_the_moments_would_be_seen(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint_module.Checkpoints, "restore", forgetful)
     assert state_hash(run("wrong"), 40) != whole
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_polite_signal_saves_first(uninterrupted, tmp_path, number, code):
+    """SIGTERM and Ctrl-C save at the next step, whatever the checkpoint interval, and say so."""
+    config = write_config(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    process = command(config, "--mesh.fsdp=2", "--checkpoint.every=40")
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(ValueError, OSError):
+            if any(r["kind"] == "train" and r["step"] >= 3 for r in read_metrics(run)):
+                break
+        time.sleep(0.002)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == code and "the same command continues" in output, output
+    assert [p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()] != []
+    process = command(config, "--mesh.fsdp=2", "--checkpoint.every=40")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0 and "continuing from step" in output, output
+    assert state_hash(run, 40) == uninterrupted[0] and history(run) == uninterrupted[1]
+
+
+def test_the_optimizer_may_change_between_attempts(tmp_path, capsys):
+    """What a diverging run is told to do must work: clip, lower the rate, give the same command again."""
+    path = write_config(tmp_path)
+    first = ["--mesh.data=8", "--steps=8", "--optim.clip_norm=0"]
+    train(load_config(path, first))
+    train(load_config(path, ["--mesh.data=8", "--steps=12", "--optim.clip_norm=0.5", "--optim.learning_rate=1e-3"]))
+    said = capsys.readouterr().out
+    assert "continuing from step 8" in said and "optim.clip_norm was 0.0 and is 0.5" in said

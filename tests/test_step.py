@@ -14,7 +14,7 @@ from lmjax.step import gradient_sums
 from lmjax.tree import named_leaves
 
 GOLDFISH = PretrainConfig(GoldfishConfig("hash", k=3, context=4), z_loss=1e-4)
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2), (1, 4, 1)]
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2), (2, 4, 1), (1, 1, 4)]
 
 
 @pytest.fixture(scope="module")

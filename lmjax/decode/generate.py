@@ -56,19 +56,19 @@ def _sample(logits_BV: jax.Array, keys_B: jax.Array, config: SampleConfig) -> ja
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "config", "vocab_size", "eos_id"))
-def _generate(params, prompts_BT, valid_BT, seed, *, graphdef, config: SampleConfig, vocab_size: int,
+def _generate(params, prompts_BT, valid_BT, key, *, graphdef, config: SampleConfig, vocab_size: int,
               eos_id: int) -> jax.Array:
     model = nnx.merge(graphdef, params)
     B, T = prompts_BT.shape
     new = config.max_new_tokens
     # A row's randomness depends on its index and on nothing else in the batch.
-    keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(B))
+    keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(B))
 
     def choose(hidden_BTD, n):
         logits_BV = model.logits(hidden_BTD[:, -1:])[:, 0]
         # Rows of the output matrix beyond the tokenizer's size stand for nothing.
         logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < vocab_size, logits_BV, -jnp.inf)
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, n))(keys_B)
+        keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, n))(keys_B)
         return _sample(logits_BV, keys, config).astype(jnp.int32)
 
     def body(carry):
@@ -84,11 +84,11 @@ def _generate(params, prompts_BT, valid_BT, seed, *, graphdef, config: SampleCon
     return jax.lax.while_loop(lambda c: (c[0] < new) & ~jnp.all(c[2]), body, carry)[3]
 
 
-def generate(graphdef: nnx.GraphDef, params, prompts: list[np.ndarray], config: SampleConfig, *, seed: int,
+def generate(graphdef: nnx.GraphDef, params, prompts: list[np.ndarray], config: SampleConfig, *, key: jax.Array,
              vocab_size: int, eos_id: int) -> list[np.ndarray]:
     """New tokens for each prompt, up to config.max_new_tokens, without the end-of-document id.
 
-    prompts: lists of token ids of any lengths, none empty. The same seed and row give the same tokens.
+    prompts: lists of token ids of any lengths, none empty. The same key and row give the same tokens.
     """
     assert all(len(p) for p in prompts), "a prompt needs at least one token; begin with the tokenizer's bos"
     width = -(-max(len(p) for p in prompts) // PROMPT_BUCKET) * PROMPT_BUCKET
@@ -97,7 +97,7 @@ def generate(graphdef: nnx.GraphDef, params, prompts: list[np.ndarray], config: 
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt):] = prompt
         valid[row, width - len(prompt):] = True
-    out = np.asarray(_generate(params, jnp.asarray(tokens), jnp.asarray(valid), seed, graphdef=graphdef,
+    out = np.asarray(_generate(params, jnp.asarray(tokens), jnp.asarray(valid), key, graphdef=graphdef,
                                config=config, vocab_size=vocab_size, eos_id=eos_id))
     ends = [np.flatnonzero(row == eos_id) for row in out]
     return [row[: end[0]] if len(end) else row for row, end in zip(out, ends, strict=True)]

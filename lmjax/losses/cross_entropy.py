@@ -59,16 +59,16 @@ def _token_terms(z_BTV: jax.Array, targets_BT: jax.Array, terms: _Terms):
     return loss_BT, nll_BT, lse_BT, hot_BTV
 
 
-def _weighted_sum(loss_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+def weighted_sum(loss_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
     """sum(w * loss) where a weight of 0 silences even an infinite loss (inf * 0 would be NaN)."""
-    return jnp.sum(jnp.where(weights_BT > 0, loss_BT * weights_BT, 0.0))
+    return jnp.sum(jnp.where(weights_BT != 0, loss_BT * weights_BT, 0.0))
 
 
 def _forward_chunk(head_VD, terms: _Terms, total, chunk):
     x, targets, weights = chunk
     z, _ = _logits(x, head_VD, terms.softcap)
     loss_BT, nll_BT, _, _ = _token_terms(z, targets, terms)
-    return total + _weighted_sum(loss_BT, weights), nll_BT
+    return total + weighted_sum(loss_BT, weights), nll_BT
 
 
 def _gradient_chunk(head_VD, terms: _Terms, carry, chunk):
@@ -81,11 +81,11 @@ def _gradient_chunk(head_VD, terms: _Terms, carry, chunk):
     if terms.z_loss:
         p = p * (1.0 + 2.0 * terms.z_loss * lse_BT[..., None])
     dz = p - (1.0 - terms.label_smoothing) * hot - terms.label_smoothing / z.shape[-1]
-    dz = jnp.where(weights[..., None] > 0, dz * weights[..., None], 0.0) * dcap
+    dz = jnp.where(weights[..., None] != 0, dz * weights[..., None], 0.0) * dcap
     dz = constrain(dz, "BTV").astype(x.dtype)
     dx = jnp.einsum("BTV,VD->BTD", dz, head_VD.astype(x.dtype))
     dhead = jnp.einsum("BTV,BTD->VD", dz, x, preferred_element_type=jnp.float32)
-    return (total + _weighted_sum(loss_BT, weights), dhead_VD + dhead), (nll_BT, constrain(dx, "BTD"))
+    return (total + weighted_sum(loss_BT, weights), dhead_VD + dhead), (nll_BT, constrain(dx, "BTD"))
 
 
 def _split(a: jax.Array, chunks: int) -> jax.Array:
@@ -158,4 +158,4 @@ def naive_cross_entropy(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Ar
     """The same numbers with all logits at once and automatic differentiation: the reference."""
     z, _ = _logits(x_BTD, head_VD, softcap)
     loss_BT, nll_BT, _, _ = _token_terms(z, targets_BT, _Terms(z_loss, label_smoothing, softcap))
-    return _weighted_sum(loss_BT, weights_BT), jax.lax.stop_gradient(nll_BT)
+    return weighted_sum(loss_BT, weights_BT), jax.lax.stop_gradient(nll_BT)

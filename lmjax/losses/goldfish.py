@@ -30,7 +30,7 @@ class GoldfishConfig:
     """Which targets are dropped.
 
     strategy: "none"; "hash" (ours); "hash_table" (the published mask, bit for bit); "static" (columns 0,
-    k, 2k, … of every row); "random" (anew each step: protects nothing, a control).
+    k, 2k, … of every row); "random" (anew each step and micro-batch: protects nothing, a control).
     k: one target in k is dropped. context: tokens hashed (h in the paper, 13 in its experiments).
     seed: of "hash" only; "random" draws from the run's seed.
     """

@@ -127,11 +127,13 @@ class ComputeConfig:
                 for name, values in choices.items() if getattr(self, name) not in values]
 
 
+# name -> wrapper of (function, whether it runs inside a scan). A scan keeps XLA from merging what is recomputed
+# with what was computed; outside of one, JAX has to.
 REMAT = {
-    "none": lambda f: f,
-    "full": lambda f: jax.checkpoint(f, prevent_cse=False),
-    "dots": lambda f: jax.checkpoint(
-        f, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "none": lambda f, scanned: f,
+    "full": lambda f, scanned: jax.checkpoint(f, prevent_cse=not scanned),
+    "dots": lambda f, scanned: jax.checkpoint(
+        f, prevent_cse=not scanned, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
 
 
@@ -369,10 +371,11 @@ class Decoder(nnx.Module):
         period = min(len(windows), depth)
         groups = depth // period
 
-        def layer(x, params_and_extra, i):
+        def layer(x, params_and_extra, i, scanned=True):
             params, extra = params_and_extra
             run = REMAT[self.compute.remat](
-                lambda p, x, extra: nnx.merge(graphdef, p)(x, positions_BT, attend_with(extra), windows[i]))
+                lambda p, x, extra: nnx.merge(graphdef, p)(x, positions_BT, attend_with(extra), windows[i]),
+                scanned)
             return run(params, x, extra)
 
         def group(x, stacked):
@@ -387,6 +390,6 @@ class Decoder(nnx.Module):
         x_BTD, outs = jax.lax.scan(group, x_BTD, stacked)
         outs = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), outs)
         for n in range(whole, depth):
-            x_BTD, out = layer(x_BTD, jax.tree.map(lambda a, n=n: a[n], (params, extras)), n - whole)
+            x_BTD, out = layer(x_BTD, jax.tree.map(lambda a, n=n: a[n], (params, extras)), n - whole, False)
             outs = jax.tree.map(lambda a, o: jnp.concatenate([a, o[None]]), outs, out)
         return x_BTD, outs

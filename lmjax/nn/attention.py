@@ -70,12 +70,12 @@ def blockwise_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array,
     return jnp.concatenate(outs, axis=1)
 
 
-def choose_attention(implementation: str, seq_len: int, platform: str) -> tuple[str, str]:
+def choose_attention(implementation: str, seq_len: int) -> tuple[str, str]:
     """(implementation, reason): what "auto" means here, in words for the start of a run."""
     if implementation != "auto":
         return implementation, "set by compute.attention"
     if seq_len >= 256:
-        return "blockwise", f"rows of {seq_len} tokens on {platform}: skips the masked half, keeps no scores"
+        return "blockwise", f"rows of {seq_len} tokens: skips the masked half, keeps no scores"
     return "reference", f"rows of {seq_len} tokens fit whole"
 
 
@@ -85,7 +85,7 @@ def self_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segm
     q_BTNH, k_BTKH, v_BTKH = (constrain(q_BTNH, "BTNH"), constrain(k_BTKH, "BTKH"),
                               constrain(v_BTKH, "BTKH"))
     T = q_BTNH.shape[1]
-    implementation, _ = choose_attention(implementation, T, "")
+    implementation, _ = choose_attention(implementation, T)
     if implementation == "blockwise":
         out = blockwise_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale=scale, softcap=softcap,
                                   window=window)

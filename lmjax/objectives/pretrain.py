@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lmjax.losses.cross_entropy import cross_entropy
+from lmjax.losses.cross_entropy import cross_entropy, weighted_sum
 from lmjax.losses.goldfish import GoldfishConfig, keep_mask
 
 
@@ -43,11 +43,11 @@ def loss(config: PretrainConfig, model, batch: dict[str, jax.Array],
     dropped_BT = weights_BT - kept_BT
     all_weight, kept_weight = jnp.sum(weights_BT), jnp.sum(kept_BT)
     metrics = {
-        "loss": (jnp.sum(nll_BT * kept_BT), kept_weight),
-        "loss_all": (jnp.sum(nll_BT * weights_BT), all_weight),
+        "loss": (weighted_sum(nll_BT, kept_BT), kept_weight),
+        "loss_all": (weighted_sum(nll_BT, weights_BT), all_weight),
         "kept_fraction": (kept_weight, all_weight),
     }
     if config.goldfish.strategy != "none":
         metrics["loss_kept"] = metrics["loss"]
-        metrics["loss_dropped"] = (jnp.sum(nll_BT * dropped_BT), jnp.sum(dropped_BT))
+        metrics["loss_dropped"] = (weighted_sum(nll_BT, dropped_BT), jnp.sum(dropped_BT))
     return total, kept_weight, metrics
