@@ -5,6 +5,7 @@ Reads a run folder and never writes into it.
 
 import dataclasses
 import functools
+import gzip
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from flax import nnx
 from lmjax.axes import MeshConfig, make_mesh
 from lmjax.checkpoint import CheckpointConfig, Checkpoints, abstract
 from lmjax.config import RunConfig, read_run_config
-from lmjax.data import load_tokenizer, prepare_all, validation_batches
+from lmjax.data import Corpus, load_tokenizer, prepare_all, validation_batches
 from lmjax.decode.generate import SampleConfig, generate
 from lmjax.errors import CheckpointError, ConfigError, DataError
 from lmjax.evals.perplexity import evaluate, make_eval_step
@@ -78,6 +79,15 @@ def evaluate_run(folder: str, batches: int, step: int) -> None:
     print(f"{folder} at step {run.step}: validation loss {values['loss']:.4f} nats/token, perplexity "
           f"{values['perplexity']:.4g}, {values['bits_per_byte']:.4f} bits/byte "
           f"({values['tokens']:,} tokens, {values['bytes']:,} bytes)")
+    if not batches:
+        text = held_out_text(corpus)
+        print(f"gzip -9 of the same text: {8 * len(gzip.compress(text, 9)) / len(text):.4f} bits/byte")
+
+
+def held_out_text(corpus: Corpus) -> bytes:
+    """The held-out documents one after another, at most the first 64 million tokens of each source."""
+    return "".join(corpus.tokenizer.decode(tokens.read(0, min(len(tokens), 64_000_000))[0])
+                   for tokens in corpus.tokens("validation")).encode()
 
 
 def generate_from_run(folder: str, prompts: list[str], sample: SampleConfig, seed: int, step: int) -> None:

@@ -57,11 +57,8 @@ def test_a_32_bit_product_would_be_seen():
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 50])
-@pytest.mark.parametrize("h", [1, 4, 13, 50])
-@pytest.mark.parametrize("vocab", [256, 50257])
+@pytest.mark.parametrize("h,vocab", [(1, 50257), (4, 256), (4, 50257), (13, 256), (13, 50257), (50, 256), (50, 50257)])
 def test_rate_and_independence(k, h, vocab):
-    if h == 1 and vocab == 256:
-        pytest.skip("256 contexts only: the rate is that of 256 draws")
     tokens = ids(rows=8, length=25_000, vocab=vocab)
     drop = ~hash_keep(tokens, k=k, context=h)[:, h:]
     n, p = drop.size, 1 / k
