@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,20 @@ class CheckpointConfig:
             bad.append(f"{prefix}.keep_every={self.keep_every}: must be a multiple of "
                        f"{prefix}.every={self.every}, or no such step is ever saved")
         return bad
+
+
+def quiet_storage() -> None:
+    """Keeps Orbax's and TensorStore's threads from printing hundreds of lines about a save that fails: the
+    error itself reaches `Checkpoints`, which tells it in one. For commands; a library user may want the noise.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    unraisable, excepthook = sys.unraisablehook, sys.excepthook
+
+    def noise(error) -> bool:  # a write that ends after its event loop was closed because another one failed
+        return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+
+    sys.unraisablehook = lambda u: None if noise(u.exc_value) else unraisable(u)
+    sys.excepthook = lambda kind, error, trace: None if noise(error) else excepthook(kind, error, trace)
 
 
 def versions() -> dict[str, str]:
@@ -106,7 +121,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, config: CheckpointConfig, warn: Callable[[str], None] = print,
                  read_only: bool = False):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every save in ten lines
+        logger = logging.getLogger("absl")
+        logger.setLevel(max(logger.level, logging.ERROR))  # Orbax tells every save in ten lines
         self.folder, self.warn = folder, warn
         if read_only and not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder; give a run that has saved a checkpoint")

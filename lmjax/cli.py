@@ -46,7 +46,9 @@ Any field of the config is set with --key=value, e.g. --model.num_layers=8 --opt
 
     config = load_config(options.config, overrides)
     from lmjax import train
+    from lmjax.checkpoint import quiet_storage
 
+    quiet_storage()
     if options.dry_run:
         print(train.dry_run(config, options.devices))
     else:

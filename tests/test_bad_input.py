@@ -169,6 +169,7 @@ def test_full_disk(trained, tmp_path):
     print(done.stderr)
     errors = [line for line in done.stderr.splitlines() if line.startswith("lmjax: ")]
     assert done.returncode == 4 and len(errors) == 1, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
     assert "could not be written" in errors[0] and "step 4 and older ones are intact" in errors[0]
     assert state_hash(tmp_path / "runs" / "tiny", 4) == before
 
