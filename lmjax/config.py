@@ -312,7 +312,7 @@ def _type_problems(config: Any, prefix: str) -> list[str]:
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
         try:
-            setattr_ok = _build(value, hints[field.name])
+            built = _build(value, hints[field.name])
         except TypeError as error:
             bad.append(f"{name}={value!r}: {error}")
             continue
@@ -321,8 +321,8 @@ def _type_problems(config: Any, prefix: str) -> list[str]:
         elif isinstance(value, tuple):
             for i, item in enumerate(value):
                 bad += _type_problems(item, f"{name}[{i}].") if dataclasses.is_dataclass(item) else []
-        elif setattr_ok is not value and type(value) is int:
-            setattr(config, field.name, setattr_ok)  # an int where a float is meant
+        elif built is not value and type(value) is int:
+            setattr(config, field.name, built)  # an int where a float is meant
     return bad
 
 

@@ -60,7 +60,6 @@ def train(config: RunConfig) -> Path:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(open_folder(folder))
-        stop = stack.enter_context(StopSignals())
         stack.enter_context(jax.default_matmul_precision(
             "highest" if config.compute.dtype == "float32" else "default"))  # or TPUs and GPUs round to bfloat16
 
@@ -131,8 +130,8 @@ def train(config: RunConfig) -> Path:
         # ---- The loop ---------------------------------------------------------------------------------
         meter = Meter(config, plan, devices, started, first)
         pending = None  # metrics are fetched one step late, so that the host never makes the device wait
-        with Loader(batches.batch, mesh, config.batch_size, first, config.steps) as loader, \
-                jax.transfer_guard("disallow"):
+        with StopSignals() as stop, jax.transfer_guard("disallow"), \
+                Loader(batches.batch, mesh, config.batch_size, first, config.steps) as loader:
             for step, batch in loader:
                 if step == first:
                     log.say("compiling the train step …")
@@ -291,6 +290,8 @@ def open_folder(folder: Path):
 class StopSignals:
     """Turns the first SIGTERM or Ctrl-C into a wish to stop at the next step; a second one ends at once.
 
+    For the loop only: before it there is nothing to save, and preparing a corpus should end when told to.
+
     name: of the signal that came, or "".
     """
 
@@ -338,7 +339,7 @@ def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Bat
         describe(plan, config),
         f"compute      {config.compute.dtype}, remat {config.compute.remat}, attention {attention} ({why})",
         f"data         {batches.rows_per_epoch:,} training rows, "
-        f"{config.steps * config.batch_size / batches.rows_per_epoch:.2f} epochs; tokenizer "
+        f"{batches.epoch(config.steps):.2f} epochs; tokenizer "
         f"{corpus.tokenizer.name} ({corpus.tokenizer.vocab_size:,} tokens)",
         f"objective    goldfish {goldfish.strategy}"
         + (f", one target in {goldfish.k} dropped" if goldfish.strategy != "none" else ""),

@@ -1,4 +1,4 @@
-"""Pytrees by name: paths, regular-expression masks, counts, bytes and norms.
+"""Pytrees by name: paths, regular-expression masks, counts and norms.
 
 Nothing here knows a model: a leaf's path is its dictionary keys joined by "/", such as
 `blocks/attention/q_DNH`.
@@ -37,11 +37,6 @@ def name_mask(tree: Any, patterns: Sequence[str]) -> Any:
 def count(tree: Any) -> int:
     """Number of array elements."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def num_bytes(tree: Any) -> int:
-    """Bytes of all arrays, as if on one device."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def global_norm(tree: Any) -> jax.Array:
