@@ -1,6 +1,7 @@
 """The decoder: causality and document masks by gradient, equal attention forms, windows, cache, import use."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from helpers import TINY
 
 from lmjax.models import ComputeConfig, Decoder, DecoderConfig
 from lmjax.models import decoder as module
-from lmjax.nn.attention import blockwise_attention, causal_mask, reference_attention
+from lmjax.nn.attention import blockwise_attention, causal_mask, cudnn_attention, reference_attention
+from lmjax.nn.linear import project
 
 KINDS = {
     "plain": TINY,
@@ -112,6 +114,47 @@ def test_blockwise_equals_reference_with_gradients(window, softcap):
                                                     window=window, block=16))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(right), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_the_call_to_cudnn_means_the_same(window):
+    """The same call with XLA's implementation, as no GPU is needed then."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 20, n, 8)), jnp.float32) for n in (4, 2, 2))
+    segments = jnp.asarray(np.repeat([1, 2], [12, 8])[None].repeat(2, 0))
+    index = jnp.arange(20)
+    mask = causal_mask(index, index, window)[None] & (segments[:, :, None] == segments[:, None])
+    right = reference_attention(q, k, v, mask, scale=0.3)
+    call = functools.partial(cudnn_attention, q, k, v, scale=0.3, implementation="xla")
+    np.testing.assert_allclose(call(segments, window=window), right, atol=1e-5)
+    assert np.abs(call(None, window=window) - right).max() > 0.1, "documents must not see each other"
+    assert np.abs(call(segments, window=window + 1) - right).max() > 0.1, "the window counts the token itself"
+
+
+@pytest.mark.parametrize("spec, x_shape, w_shape", [
+    ("BTD,DNH->BTNH", (2, 5, 6), (6, 3, 4)), ("BTNH,NHD->BTD", (2, 5, 3, 4), (3, 4, 6)),
+    ("BTD,DF->BTF", (2, 5, 6), (6, 7))])
+def test_project_is_einsum(spec, x_shape, w_shape):
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (x_shape, w_shape))
+
+    def both(f):
+        return jax.tree.leaves(jax.value_and_grad(lambda x, w: jnp.sum(jnp.cos(f(spec, x, w))), (0, 1))(x, w))
+
+    for ours, right in zip(both(project), both(jnp.einsum), strict=True):
+        np.testing.assert_allclose(ours, right, rtol=1e-5, atol=1e-5)
+    assert project(spec, x.astype(jnp.bfloat16), w).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unrolled_layers_are_scanned_layers(kind):
+    """Also where the window pattern does not divide the depth."""
+    def loss_and_gradients(layers):
+        model = Decoder(KINDS[kind], compute=ComputeConfig(layers=layers))
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(lambda m, ids: jnp.sum(jnp.sin(m(ids)))))(model, tokens(2)))
+
+    for ours, right in zip(loss_and_gradients("unroll"), loss_and_gradients("scan"), strict=True):
+        np.testing.assert_allclose(ours, right, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from lmjax.axes import constrain
 
-CHUNK_BYTES = 64 * 2**20  # of float32 logits on one device; two or three such arrays live at a time
+CHUNK_BYTES = 32 * 2**20  # of float32 logits on one device; two or three such arrays live at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,12 @@ def _forward_chunk(head_VD, terms: _Terms, total, chunk):
     return total + weighted_sum(loss_BT, weights), nll_BT
 
 
+def _head_gradient(x_BTD: jax.Array, dz_BTV: jax.Array) -> jax.Array:
+    return jnp.einsum("BTD,BTV->DV", x_BTD, dz_BTV, preferred_element_type=jnp.float32)
+
+
 def _gradient_chunk(head_VD, terms: _Terms, carry, chunk):
-    total, dhead_VD = carry
+    total, dhead_DV = carry
     x, targets, weights = chunk
     z, dcap = _logits(x, head_VD, terms.softcap)
     loss_BT, nll_BT, lse_BT, hot = _token_terms(z, targets, terms)
@@ -82,10 +86,12 @@ def _gradient_chunk(head_VD, terms: _Terms, carry, chunk):
         p = p * (1.0 + 2.0 * terms.z_loss * lse_BT[..., None])
     dz = p - (1.0 - terms.label_smoothing) * hot - terms.label_smoothing / z.shape[-1]
     dz = jnp.where(weights[..., None] != 0, dz * weights[..., None], 0.0) * dcap
-    dz = constrain(dz, "BTV").astype(x.dtype)
-    dx = jnp.einsum("BTV,VD->BTD", dz, head_VD.astype(x.dtype))
-    dhead = jnp.einsum("BTV,BTD->VD", dz, x, preferred_element_type=jnp.float32)
-    return (total + weighted_sum(loss_BT, weights), dhead_VD + dhead), (nll_BT, constrain(dx, "BTD"))
+    dz = constrain(dz, "BTV")
+    dx = jnp.einsum("BTV,VD->BTD", dz.astype(x.dtype), head_VD.astype(x.dtype))
+    # XLA's CPU backend has no product of 16-bit matrices into 32 bits where the first one lies transposed.
+    dhead = jax.lax.platform_dependent(x, dz, cpu=lambda x, dz: _head_gradient(x.astype(jnp.float32), dz),
+                                       default=lambda x, dz: _head_gradient(x, dz.astype(x.dtype)))
+    return (total + weighted_sum(loss_BT, weights), dhead_DV + dhead), (nll_BT, constrain(dx, "BTD"))
 
 
 def _split(a: jax.Array, chunks: int) -> jax.Array:
@@ -109,10 +115,10 @@ def _chunked(x_BTD, head_VD, targets_BT, weights_BT, terms, chunks):
 
 def _chunked_fwd(x_BTD, head_VD, targets_BT, weights_BT, terms, chunks):
     parts = tuple(_split(a, chunks) for a in (x_BTD, targets_BT, weights_BT))
-    start = (jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32))
+    start = (jnp.float32(0), jnp.zeros(head_VD.T.shape, jnp.float32))
     (total, dhead), (nll, dx) = jax.lax.scan(
         functools.partial(_gradient_chunk, head_VD, terms), start, parts)
-    return (total, _join(nll)), (_join(dx), dhead.astype(head_VD.dtype), weights_BT)
+    return (total, _join(nll)), (_join(dx), dhead.T.astype(head_VD.dtype), weights_BT)
 
 
 def _chunked_bwd(terms, chunks, residuals, cotangents):
@@ -139,17 +145,20 @@ def cross_entropy(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, w
     inside = (targets_BT >= 0) & (targets_BT < V)
     weights_BT = jnp.where(inside, weights_BT, 0.0).astype(jnp.float32)
     targets_BT = jnp.where(inside, targets_BT, 0)
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = 1 if mesh.empty else mesh.size
-    columns = max(1, chunk_bytes * devices // (4 * V * B))
-    chunks = math.ceil(T / columns)
-    pad = -T % chunks
+    devices = max(jax.sharding.get_abstract_mesh().size, 1)
+    if devices == 1:  # one long row: the gradient of the head is then a product of two matrices
+        x_BTD, targets_BT, weights_BT = (
+            a.reshape(1, B * T, *a.shape[2:]) for a in (x_BTD, targets_BT, weights_BT))
+    rows, length = targets_BT.shape
+    columns = max(1, chunk_bytes * devices // (4 * V * rows))
+    chunks = math.ceil(length / columns)
+    pad = -length % chunks
     if pad:
         x_BTD, targets_BT, weights_BT = (
             jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2)) for a in (x_BTD, targets_BT, weights_BT))
     total, nll_BT = _chunked(x_BTD, head_VD, targets_BT, weights_BT,
                              _Terms(z_loss, label_smoothing, softcap), chunks)
-    return total, jax.lax.stop_gradient(nll_BT[:, :T])
+    return total, jax.lax.stop_gradient(nll_BT[:, :length].reshape(B, T))
 
 
 def naive_cross_entropy(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array,

@@ -23,9 +23,10 @@ from flax import nnx
 from lmjax.axes import constrain
 from lmjax.nn.attention import causal_mask, reference_attention, self_attention
 from lmjax.nn.cache import Cache, empty_cache
+from lmjax.nn.linear import project
 from lmjax.nn.mlp import ACTIVATIONS, feed_forward
 from lmjax.nn.norm import layer_norm, rms_norm
-from lmjax.nn.rope import RopeScaling, apply_rope, rope_frequencies
+from lmjax.nn.rope import RopeScaling, apply_rope, rope_frequencies, rotation
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -111,18 +112,21 @@ class ComputeConfig:
     """How a model is run; never changes what its weights mean.
 
     dtype: of activations and matrix products ("float32" or "bfloat16"); weights, norms, softmax and loss
-    stay float32. remat: what the backward pass recomputes: "none" keeps every activation, "full" keeps
-    only each block's input, "dots" keeps the outputs of matrix products. attention: "auto", "reference"
-    or "blockwise".
+    stay float32. remat: what the backward pass recomputes: "none" keeps every layer's activations, "full" keeps
+    only each block's input, "dots" keeps the outputs of matrix products. attention: "auto", "reference",
+    "blockwise", or "cudnn" (NVIDIA GPUs, bfloat16, no soft-cap). layers: "scan" compiles one layer (or one
+    period of the window pattern) and loops over it, "unroll" compiles them all, which a CPU runs a little
+    faster; "auto" unrolls a few layers on a CPU.
     """
 
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
+    layers: str = "auto"
 
     def problems(self, prefix: str = "compute") -> list[str]:
         choices = {"dtype": ("float32", "bfloat16"), "remat": tuple(REMAT),
-                   "attention": ("auto", "reference", "blockwise")}
+                   "attention": ("auto", "reference", "blockwise", "cudnn"), "layers": ("auto", "scan", "unroll")}
         return [f"{prefix}.{name}={getattr(self, name)!r}: choose one of {', '.join(values)}"
                 for name, values in choices.items() if getattr(self, name) not in values]
 
@@ -135,6 +139,15 @@ REMAT = {
     "dots": lambda f, scanned: jax.checkpoint(
         f, prevent_cse=not scanned, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
+
+
+def scan_layers(layers: str, depth: int) -> tuple[bool, str]:
+    """(whether to scan, reason): what "auto" means here, in words for the start of a run."""
+    if layers != "auto":
+        return layers == "scan", "set by compute.layers"
+    if depth <= 8 and jax.default_backend() == "cpu":
+        return False, f"{depth} layers on a CPU: no stacked activations to copy"
+    return True, "one layer to compile, whatever the depth"
 
 
 EMBED_STD = 0.02  # of token and position embeddings
@@ -195,28 +208,27 @@ class Attention(nnx.Module):
         self.q_scale_H = _full((H,), 1.0, c.qk_norm)
         self.k_scale_H = _full((H,), 1.0, c.qk_norm)
 
-    def qkv(self, x_BTD, positions_BT, window: int):
-        """Queries, keys and values with norms and rotations applied, in x's dtype."""
+    def qkv(self, x_BTD, cos_sin):
+        """Queries, keys and values with norms and rotations applied, in x's dtype. cos_sin: of `rotation`, or None
+        where positions are learned."""
         c, dtype = self.config, x_BTD.dtype
 
-        def project(weight, bias):
-            y = jnp.einsum("BTD,DNH->BTNH", x_BTD, _cast(weight, dtype))
+        def with_bias(weight, bias):
+            y = project("BTD,DNH->BTNH", x_BTD, weight[...])
             return y if bias is None else y + _cast(bias, dtype)
 
-        q = project(self.q_DNH, self.q_NH)
-        k = project(self.k_DKH, self.k_KH)
-        v = project(self.v_DKH, self.v_KH)
+        q = with_bias(self.q_DNH, self.q_NH)
+        k = with_bias(self.k_DKH, self.k_KH)
+        v = with_bias(self.v_DKH, self.v_KH)
         if c.qk_norm:
             q = rms_norm(q, self.q_scale_H[...], c.norm_eps)
             k = rms_norm(k, self.k_scale_H[...], c.norm_eps)
-        if c.positions == "rope":
-            freqs = (rope_frequencies(c.head_dim, c.rope_local_theta) if window else
-                     rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
-            q, k = apply_rope(q, positions_BT, freqs), apply_rope(k, positions_BT, freqs)
+        if cos_sin is not None:
+            q, k = apply_rope(q, cos_sin), apply_rope(k, cos_sin)
         return q, k, v
 
     def out(self, y_BTNH):
-        y_BTD = jnp.einsum("BTNH,NHD->BTD", y_BTNH, _cast(self.o_NHD, y_BTNH.dtype))
+        y_BTD = project("BTNH,NHD->BTD", y_BTNH, self.o_NHD[...])
         return y_BTD if self.o_D is None else y_BTD + _cast(self.o_D, y_BTNH.dtype)
 
 
@@ -249,9 +261,9 @@ class Block(nnx.Module):
         self.attention = Attention(config, jax.random.fold_in(key, 0))
         self.mlp = MLP(config, jax.random.fold_in(key, 1))
 
-    def __call__(self, x_BTD, positions_BT, attend, window: int):
+    def __call__(self, x_BTD, cos_sin, attend, window: int):
         """`attend(q, k, v, window) -> (y_BTNH, extra)`; returns (x, extra)."""
-        q, k, v = self.attention.qkv(self.attention_norm(x_BTD), positions_BT, window)
+        q, k, v = self.attention.qkv(self.attention_norm(x_BTD), cos_sin)
         y, extra = attend(q, k, v, window)
         y = self.attention.out(y)
         x_BTD = constrain(x_BTD + (self.attention_post_norm(y) if self.attention_post_norm else y), "BTD")
@@ -359,23 +371,33 @@ class Decoder(nnx.Module):
             x_BTD = x_BTD + self.position_PD[...][positions_BT]
         return constrain(x_BTD.astype(dtype), "BTD")
 
-    def _blocks(self, x_BTD, positions_BT, attend_with, extras):
-        """Scans over groups of layers, one group being one period of the window pattern.
+    def _rotations(self, positions_BT):
+        """What RoPE turns by: (in layers that see all tokens, in layers with a window)."""
+        c = self.config
+        if c.positions != "rope":
+            return None, None
+        everywhere = rotation(positions_BT, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        local = rotation(positions_BT, rope_frequencies(c.head_dim, c.rope_local_theta)) if any(c.windows) else None
+        return everywhere, local
 
-        Windows stay static inside the body, so that masked blocks are skipped; layers that are left over
-        when the period does not divide the depth run after the scan. `extras` is a pytree with a leading
-        layer dimension: each layer's slice makes its `attend`, whose second result is stacked in its place.
+    def _blocks(self, x_BTD, positions_BT, attend_with, extras):
+        """Runs every layer: whole periods of the window pattern in a scan, what is left over after it.
+
+        Windows stay static inside the scan's body, so that masked blocks are skipped. `extras` is a pytree with
+        a leading layer dimension: each layer's slice makes its `attend`, whose second result is stacked in its
+        place.
         """
         graphdef, params = nnx.split(self.blocks)
         windows, depth = self.config.windows, self.config.num_layers
+        rotations = self._rotations(positions_BT)
         period = min(len(windows), depth)
-        groups = depth // period
+        groups = depth // period if scan_layers(self.compute.layers, depth)[0] else 0
 
         def layer(x, params_and_extra, i, scanned=True):
             params, extra = params_and_extra
             run = REMAT[self.compute.remat](
-                lambda p, x, extra: nnx.merge(graphdef, p)(x, positions_BT, attend_with(extra), windows[i]),
-                scanned)
+                lambda p, x, extra: nnx.merge(graphdef, p)(
+                    x, rotations[windows[i] > 0], attend_with(extra), windows[i]), scanned)
             return run(params, x, extra)
 
         def group(x, stacked):
@@ -385,11 +407,12 @@ class Decoder(nnx.Module):
                 outs.append(out)
             return x, jax.tree.map(lambda *o: jnp.stack(o), *outs)
 
-        whole = groups * period
-        stacked = jax.tree.map(lambda a: a[:whole].reshape(groups, period, *a.shape[1:]), (params, extras))
-        x_BTD, outs = jax.lax.scan(group, x_BTD, stacked)
-        outs = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), outs)
+        whole, parts = groups * period, []
+        if groups:
+            stacked = jax.tree.map(lambda a: a[:whole].reshape(groups, period, *a.shape[1:]), (params, extras))
+            x_BTD, outs = jax.lax.scan(group, x_BTD, stacked)
+            parts.append(jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), outs))
         for n in range(whole, depth):
-            x_BTD, out = layer(x_BTD, jax.tree.map(lambda a, n=n: a[n], (params, extras)), n - whole, False)
-            outs = jax.tree.map(lambda a, o: jnp.concatenate([a, o[None]]), outs, out)
-        return x_BTD, outs
+            x_BTD, out = layer(x_BTD, jax.tree.map(lambda a, n=n: a[n], (params, extras)), n % period, False)
+            parts.append(jax.tree.map(lambda o: o[None], out))
+        return x_BTD, jax.tree.map(lambda *o: jnp.concatenate(o), *parts)

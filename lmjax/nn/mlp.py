@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.axes import constrain
+from lmjax.nn.linear import project
 
 # name -> function. "gelu" is the exact erf form, "gelu_tanh" GPT-2's and Gemma's approximation, and
 # "relu2" the squared ReLU of Primer (So et al. 2021, arXiv 2109.08668).
@@ -24,12 +25,14 @@ def feed_forward(x_BTD: jax.Array, up_DF: jax.Array, down_FD: jax.Array, activat
     `up_F` and `down_D` are biases of the plain form.
     """
     act = ACTIVATIONS[activation]
-    h_BTF = constrain(jnp.einsum("BTD,DF->BTF", x_BTD, up_DF), "BTF")
+    h_BTF = constrain(project("BTD,DF->BTF", x_BTD, up_DF), "BTF")
     if up_F is not None:
         h_BTF = h_BTF + up_F
     if gate_DF is None:
         h_BTF = act(h_BTF)
     else:
-        h_BTF = act(constrain(jnp.einsum("BTD,DF->BTF", x_BTD, gate_DF), "BTF")) * h_BTF
-    y_BTD = jnp.einsum("BTF,FD->BTD", h_BTF, down_FD)
+        gate_BTF = constrain(project("BTD,DF->BTF", x_BTD, gate_DF), "BTF")
+        # Recomputed in the backward pass: of the five arrays [B, T, F] here only the two inputs are kept.
+        h_BTF = jax.checkpoint(lambda gate, up: act(gate) * up)(gate_BTF, h_BTF)
+    y_BTD = project("BTF,FD->BTD", h_BTF, down_FD)
     return y_BTD if down_D is None else y_BTD + down_D

@@ -41,9 +41,15 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
     return (freqs * (blend + (1 - blend) / scaling.factor)).astype(np.float32)
 
 
-def apply_rope(x_BTNH: jax.Array, positions_BT: jax.Array, freqs: np.ndarray) -> jax.Array:
-    """Turns each pair (x_i, x_{i+H/2}) by positions * freqs_i; angles in float32, keeps x's dtype."""
+def rotation(positions_BT: jax.Array, freqs: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) of positions * freqs, float32 [B, T, 1, H/2]. Made once and used by every layer: a sine costs a
+    CPU more than the rest of the rotation."""
     angles_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * freqs
-    cos, sin = jnp.cos(angles_BT1h), jnp.sin(angles_BT1h)
+    return jnp.cos(angles_BT1h), jnp.sin(angles_BT1h)
+
+
+def apply_rope(x_BTNH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns each pair (x_i, x_{i+H/2}) by the angle of `rotation`; in float32, keeps x's dtype."""
+    cos, sin = cos_sin
     x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTNH.dtype)
