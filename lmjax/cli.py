@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 from lmjax.errors import ConfigError, UserError
+from lmjax.process import keep_compiled_programs, on_huge_pages
 
 USAGE = """usage: lmjax COMMAND …
 
@@ -39,9 +40,13 @@ Any field of the config is set with --key=value, e.g. --model.num_layers=8 --opt
                         help="print config, mesh, shardings, bytes per device and FLOPs; allocate nothing")
     parser.add_argument("--devices", type=int, default=0, metavar="N",
                         help="with --dry-run: plan for N devices instead of those of this machine")
+    parser.add_argument("--profile", type=int, nargs="?", const=3, default=0, metavar="N",
+                        help="trace N steps (3), the third of this start and on, into the run folder's profile/")
     options, overrides = parser.parse_known_args(args)
     if options.devices and not options.dry_run:
         raise ConfigError("--devices is for --dry-run only; a real run uses the devices that are there")
+    if options.profile < 0 or (options.profile and options.dry_run):
+        raise ConfigError(f"--profile={options.profile}: give 1 or more steps, and a run that is not a --dry-run")
     from lmjax.config import load_config
 
     config = load_config(options.config, overrides)
@@ -52,7 +57,7 @@ Any field of the config is set with --key=value, e.g. --model.num_layers=8 --opt
     if options.dry_run:
         print(train.dry_run(config, options.devices))
     else:
-        train.train(config)
+        train.train(config, options.profile)
     return 0
 
 
@@ -110,6 +115,7 @@ def _group(name: str, commands: dict[str, str]) -> Callable[[list[str]], int]:
     return run
 
 
+COMPUTES = ("train", "eval", "generate")
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": run_train,
     "eval": run_eval,
@@ -121,10 +127,14 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def main(args: list[str] | None = None) -> int:
-    args = sys.argv[1:] if args is None else args
+    is_process = args is None  # not a call from Python
+    args = sys.argv[1:] if is_process else args
     if not args or args[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
+    if is_process and args[0] in COMPUTES:
+        on_huge_pages()
+        keep_compiled_programs()
     try:
         if args[0] not in COMMANDS:
             import difflib

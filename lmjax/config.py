@@ -21,6 +21,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections.config_flags import config_path
 
 from lmjax.axes import MeshConfig, abstract_mesh, batch_ways
@@ -107,6 +108,11 @@ def validate(config: RunConfig, num_devices: int) -> None:
     if c.objective.goldfish.strategy in ("hash", "hash_table") and c.objective.goldfish.context >= c.seq_len:
         bad.append(f"objective.goldfish.context={c.objective.goldfish.context}: must be shorter than "
                    f"seq_len={c.seq_len}, or nothing is ever dropped")
+    if c.compute.attention == "cudnn":
+        needs = {"an NVIDIA GPU": jax.default_backend() == "gpu",
+                 "compute.dtype=bfloat16": c.compute.dtype == "bfloat16",
+                 "model.attention_softcap=0": not c.model.attention_softcap}
+        bad += [f"compute.attention='cudnn' needs {need}; use 'auto'" for need, met in needs.items() if not met]
     if "://" in c.run_root:
         bad.append(f"run_root={c.run_root!r}: must be a folder of this machine, not an address")
     if c.evals.prompts and c.evals.sample.max_new_tokens >= c.model.max_seq_len:

@@ -36,6 +36,7 @@ from lmjax.evals.perplexity import evaluate, make_eval_step
 from lmjax.loader import Loader, local_rows
 from lmjax.log import RunLog, format_bytes, format_count, format_duration, read_metrics, summary
 from lmjax.models import Decoder
+from lmjax.models.decoder import scan_layers
 from lmjax.nn.attention import choose_attention
 from lmjax.objectives import pretrain
 from lmjax.optim import make_optimizer
@@ -44,8 +45,8 @@ from lmjax.state import graphdef, make_init, shardings
 from lmjax.step import make_train_step
 
 
-def train(config: RunConfig) -> Path:
-    """Runs or continues a run to its last step; returns its folder.
+def train(config: RunConfig, profile: int = 0) -> Path:
+    """Runs or continues a run to its last step; returns its folder. profile: steps to trace, 0 for none.
 
     Raises ConfigError, DataError or CheckpointError for what a user can mend, before any step where it can
     be known, and NonFiniteError if the loss or a gradient stops being a number.
@@ -137,10 +138,16 @@ def train(config: RunConfig) -> Path:
                     log.say("compiling the train step …")
                     train_step = compile_step(train_step, state, batch, log)
                     meter.restart()
+                if profile and step == first + 2:
+                    jax.profiler.start_trace(folder / "profile", create_perfetto_trace=True)
                 state, metrics = train_step(state, batch)
                 done = step + 1
                 meter.flush(pending, log, loader)
                 pending = (done, metrics)
+                if profile and done in (first + 2 + profile, config.steps) and done > first + 2:
+                    with meter.paused():
+                        end_profile(metrics, folder / "profile", log)
+                    profile = 0
 
                 evaluates = config.evals.every and (done % config.evals.every == 0 or done == config.steps)
                 saves = done % config.checkpoint.every == 0 or done == config.steps or stop.name
@@ -225,15 +232,38 @@ def memory_bytes(device: jax.Device) -> int:
     return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def compile_step(train_step, state, batch, log: RunLog):
-    """The step compiled ahead of its first call, so that compile time is told and paid once."""
+# Options of XLA that are known to help, by platform: overlap of communication with computation, for more than one GPU.
+XLA_OPTIONS = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": True}}
+
+
+def compile_step(train_step, state, batch, log: RunLog, options: dict | None = None):
+    """The step compiled ahead of its first call, so that compile time is told and paid once. An option that this
+    XLA does not know is told and left out."""
     began = time.perf_counter()
+    devices = jax.tree.leaves(state)[0].sharding.mesh.devices.flatten()
+    if options is None:
+        options = dict(XLA_OPTIONS.get(devices[0].platform, {})) if len(devices) > 1 else {}
     with jax.transfer_guard("allow"):
-        compiled = train_step.lower(state, batch).compile()
+        lowered = train_step.lower(state, batch)
+        try:
+            compiled = lowered.compile(compiler_options=options or None)
+        except jax.errors.JaxRuntimeError as error:
+            if not options or "No such compile option" not in str(error):
+                raise
+            log.say(f"this XLA lacks one of {', '.join(options)}; compiling without")
+            compiled = lowered.compile()
     analysis = compiled.memory_analysis()
     temp = f", {format_bytes(analysis.temp_size_in_bytes)} of temporaries a device" if analysis else ""
     log.say(f"compiled in {format_duration(time.perf_counter() - began)}{temp}")
     return compiled
+
+
+def end_profile(metrics, folder: Path, log: RunLog) -> None:
+    """Waits for the step that is running, then writes the trace."""
+    jax.block_until_ready(metrics)
+    jax.profiler.stop_trace()
+    log.say(f"profile written to {folder}: open it with `xprof {folder}` (pip install xprof), or its "
+            "perfetto_trace.json.gz at https://ui.perfetto.dev")
 
 
 def sample_texts(config: RunConfig, model_def, params, tokenizer, step: int) -> list[tuple[str, str]]:
@@ -330,6 +360,7 @@ def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Bat
     """The card at the start of a run: what runs where, and why."""
     platform_name = devices[0].platform
     attention, why = choose_attention(config.compute.attention, config.seq_len)
+    scanned, why_scanned = scan_layers(config.compute.layers, config.model.num_layers)
     peak = flops.peak(devices[0].device_kind, config.compute.dtype)
     mfu = "MFU against its bfloat16 peak" if peak else "MFU n/a: its peak in this dtype is not known"
     goldfish = config.objective.goldfish
@@ -337,7 +368,8 @@ def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Bat
         f"lmjax {versions()['lmjax']}  jax {versions()['jax']}  run folder {config.folder}",
         f"devices      {len(devices)} x {devices[0].device_kind} ({platform_name}); {mfu}",
         describe(plan, config),
-        f"compute      {config.compute.dtype}, remat {config.compute.remat}, attention {attention} ({why})",
+        f"compute      {config.compute.dtype}, remat {config.compute.remat}, attention {attention} ({why}), "
+        f"{'scanned' if scanned else 'unrolled'} layers ({why_scanned})",
         f"data         {batches.rows_per_epoch:,} training rows, "
         f"{batches.epoch(config.steps):.2f} epochs; tokenizer "
         f"{corpus.tokenizer.name} ({corpus.tokenizer.vocab_size:,} tokens)",

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Room -> floor. A file may import its own room, and rooms of lower floors.
 FLOORS = {
-    "errors": 0, "axes": 0, "tree": 0, "records": 1,
+    "errors": 0, "axes": 0, "tree": 0, "process": 0, "records": 1,
     "nn": 1, "losses": 1, "data": 1, "optim": 1, "flops": 1, "log": 2,
     "models": 2, "loader": 2,
     "state": 3, "checkpoint": 3, "decode": 3, "objectives": 3,
@@ -20,7 +20,7 @@ FLOORS = {
     "train": 6, "runs": 6, "report": 6,
     "cli": 7, "__main__": 8,
 }
-NO_JAX = ("errors", "records", "log", "data", "report", "cli")
+NO_JAX = ("errors", "process", "records", "log", "data", "report", "cli")
 
 
 def room(path: Path) -> str:

@@ -1,11 +1,12 @@
 """The train step: meshes agree, accumulation is exact under ragged masks, it compiles once."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import TINY, packed_batch, run_steps
 
-from lmjax.axes import MeshConfig
+from lmjax.axes import MeshConfig, make_mesh
 from lmjax.losses.goldfish import GoldfishConfig
 from lmjax.models import ComputeConfig, Decoder
 from lmjax.objectives import pretrain
@@ -112,3 +113,14 @@ def test_compute_options_change_nothing_but_rounding(one_device):
     _, _, history = run_steps(MeshConfig(1, 1, 1), 1, objective=GOLDFISH, compute=ComputeConfig("bfloat16"))
     assert history[-1]["loss"] == pytest.approx(one_device[2][-1]["loss"], rel=2e-2)
     assert history[-1]["loss"] != one_device[2][-1]["loss"]
+
+
+def test_an_option_that_xla_does_not_know_is_left_out():
+    from lmjax.train import compile_step
+
+    said = []
+    log = type("Log", (), {"say": lambda self, text: said.append(text)})()
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    x = jax.device_put(jnp.ones(3), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    compiled = compile_step(jax.jit(lambda x, y: x + y), x, x, log, {"xla_no_such_option": True})
+    assert compiled(x, x)[0] == 2 and "xla_no_such_option" in said[0]

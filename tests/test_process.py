@@ -1,0 +1,32 @@
+"""What the command sets before JAX starts: huge pages by starting itself again, and the folder of compiled programs."""
+
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+PRINT = "import os, sys; from lmjax import process; {}; print(os.environ.get('{}'), sys.argv[1:])"
+
+
+def run(call: str, name: str, **env) -> str:
+    kept = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "JAX_COMPILATION_CACHE_DIR")}
+    return subprocess.run([sys.executable, "-c", PRINT.format(call, name), "a b", "--c"], env=kept | env,
+                          capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the setting is glibc's")
+def test_huge_pages_keep_the_arguments_and_what_is_set():
+    assert run("process.on_huge_pages()", "GLIBC_TUNABLES") == "glibc.malloc.hugetlb=1 ['a b', '--c']"
+    kept = run("process.on_huge_pages()", "GLIBC_TUNABLES", GLIBC_TUNABLES="glibc.malloc.hugetlb=0")
+    assert kept == "glibc.malloc.hugetlb=0 ['a b', '--c']"
+
+
+def test_compiled_programs_are_kept_in_the_users_own_folder(tmp_path):
+    call, name = "process.keep_compiled_programs()", "JAX_COMPILATION_CACHE_DIR"
+    folder = run(call, name, XDG_CACHE_HOME=str(tmp_path)).split(" ")[0]
+    assert folder.startswith(str(tmp_path)) and stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+    assert run(call, name, JAX_COMPILATION_CACHE_DIR="") == "['a b', '--c']", "set to nothing: nothing is kept"
+    (tmp_path / "file").touch()
+    assert run(call, name, XDG_CACHE_HOME=str(tmp_path / "file")).startswith("None"), "cannot be made: goes on without"
