@@ -17,6 +17,7 @@ USAGE = """usage: lmjax COMMAND …
   eval RUN                          held-out loss, perplexity and bits per byte of a run
   generate RUN --prompt TEXT        continue a text with a trained model
   report RUN [RUN …]                one self-contained HTML page about runs
+  bench train | step | …            how fast this is, beside others and beside the hardware
   data prepare | inspect            turn a corpus into token shards; look into them
   tokenizer train | show            train a byte-level BPE; look into a tokenizer
 
@@ -98,6 +99,12 @@ def run_report(args: list[str]) -> int:
     return run_report(args)
 
 
+def run_bench(args: list[str]) -> int:
+    from lmjax.bench.commands import run_bench
+
+    return run_bench(args)
+
+
 def _group(name: str, commands: dict[str, str]) -> Callable[[list[str]], int]:
     """A command with sub-commands, each a function of lmjax.data.commands."""
 
@@ -121,6 +128,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": run_eval,
     "generate": run_generate,
     "report": run_report,
+    "bench": run_bench,
     "data": _group("data", {"prepare": "run_prepare", "inspect": "run_inspect"}),
     "tokenizer": _group("tokenizer", {"train": "run_tokenizer_train", "show": "run_tokenizer_show"}),
 }

@@ -18,7 +18,8 @@ FLOORS = {
     "config": 4,
     "step": 5, "evals": 5, "plan": 5,
     "train": 6, "runs": 6, "report": 6,
-    "cli": 7, "__main__": 8,
+    "bench": 7,
+    "cli": 8, "__main__": 9,
 }
 NO_JAX = ("errors", "process", "records", "log", "data", "report", "cli")
 
