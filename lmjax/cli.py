@@ -140,8 +140,9 @@ def main(args: list[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
-    if is_process and args[0] in COMPUTES:
+    if is_process and (args[0] in COMPUTES or args[:2] == ["bench", "step"]):
         on_huge_pages()
+    if is_process and args[0] in COMPUTES:
         keep_compiled_programs()
     try:
         if args[0] not in COMMANDS:

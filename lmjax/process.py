@@ -7,7 +7,7 @@ import platform
 import sys
 from pathlib import Path
 
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def on_huge_pages() -> None:
@@ -21,7 +21,7 @@ def on_huge_pages() -> None:
     """
     if sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ or not sys.executable:
         return
-    os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
+    os.environ.update(HUGE_PAGES)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -18,6 +18,7 @@ from lmjax.bench.cases import SHAPES, Case
 from lmjax.bench.output import between, finish, machine, mib, say, table
 from lmjax.bench.rounds import ROOT, Contender, Result, figures, ratios, run_rounds
 from lmjax.errors import ConfigError
+from lmjax.process import HUGE_PAGES
 
 PEERS = ROOT / "tests" / "benchmarks" / "peers"
 OURS = "lmjax"
@@ -130,6 +131,7 @@ def contender(name: str, options: argparse.Namespace, case: Case, folder: str, a
             key, value = (("XLA_PYTHON_CLIENT_PREALLOCATE", "false") if alternate
                           else ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95"))
             env = {key: os.environ.get(key, value)}
+        env |= {key: os.environ.get(key, value) for key, value in HUGE_PAGES.items()}  # as `lmjax train` does
         return Contender(name, (sys.executable, "-m", "lmjax.bench.ours", folder), env=env)
     if name == "maxtext":
         return Contender(name, (options.maxtext_python, str(PEERS / "maxtext_run.py"), folder), INSTALL[name])
