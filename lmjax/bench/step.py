@@ -223,7 +223,7 @@ def part_calls(case, training) -> dict[str, Callable[[], Any]]:
         return table[batch["tokens"]].astype(dtype)
 
     def project(batch, attention, x, y):
-        return attention.qkv(x, batch["positions"], c.windows[0]), attention.out(y)
+        return attention.qkv(x, model.rotations(batch["positions"])[c.windows[0] > 0]), attention.out(y)
 
     def core(window, batch, q, k, v):
         return self_attention(q, k, v, batch["segments"], scale=c.query_scale, softcap=c.attention_softcap,

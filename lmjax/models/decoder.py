@@ -371,7 +371,7 @@ class Decoder(nnx.Module):
             x_BTD = x_BTD + self.position_PD[...][positions_BT]
         return constrain(x_BTD.astype(dtype), "BTD")
 
-    def _rotations(self, positions_BT):
+    def rotations(self, positions_BT):
         """What RoPE turns by: (in layers that see all tokens, in layers with a window)."""
         c = self.config
         if c.positions != "rope":
@@ -389,7 +389,7 @@ class Decoder(nnx.Module):
         """
         graphdef, params = nnx.split(self.blocks)
         windows, depth = self.config.windows, self.config.num_layers
-        rotations = self._rotations(positions_BT)
+        rotations = self.rotations(positions_BT)
         period = min(len(windows), depth)
         groups = depth // period if scan_layers(self.compute.layers, depth)[0] else 0
 
