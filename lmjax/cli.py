@@ -15,7 +15,8 @@ USAGE = """usage: lmjax COMMAND …
 
   train CONFIG.py [--key=value …]   train, or continue, the run that a config describes
   eval RUN                          held-out loss, perplexity and bits per byte of a run
-  generate RUN --prompt TEXT        continue a text with a trained model
+  generate MODEL --prompt TEXT      continue a text with a trained model
+  export MODEL OUT                  write a model as a Hugging Face folder
   report RUN [RUN …]                one self-contained HTML page about runs
   bench train | step | …            how fast this is, beside others and beside the hardware
   data prepare | inspect            turn a corpus into token shards; look into them
@@ -23,6 +24,9 @@ USAGE = """usage: lmjax COMMAND …
 
 `lmjax COMMAND --help` says more. `lmjax train CONFIG.py --dry-run` shows what a run would be.
 """
+
+
+MODEL = "a run folder, a Hugging Face folder or a GGUF file"
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -75,8 +79,8 @@ def run_eval(args: list[str]) -> int:
 
 
 def run_generate(args: list[str]) -> int:
-    parser = _parser("generate", "Continue texts with the newest checkpoint of a run.")
-    parser.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
+    parser = _parser("generate", "Continue texts with a model: the newest checkpoint of a run, or one of others.")
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--prompt", action="append", help="text to continue (repeatable; default: none)")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default %(default)s)")
@@ -89,7 +93,23 @@ def run_generate(args: list[str]) -> int:
     from lmjax.runs import generate_from_run
 
     config = SampleConfig(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
-    generate_from_run(options.run, options.prompt or [""], config, options.seed, options.step)
+    generate_from_run(options.model, options.prompt or [""], config, options.seed, options.step)
+    return 0
+
+
+def run_export(args: list[str]) -> int:
+    parser = _parser("export", """Write a model as a Hugging Face folder: config, safetensors, tokenizer and
+chat template. `transformers` opens it, and so does every MODEL argument here. Nothing is written over.""")
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("out", metavar="OUT", help="the folder to make")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default %(default)s)")
+    parser.add_argument("--max-shard-bytes", type=float, default=5e9, metavar="BYTES",
+                        help="a file is closed before it would grow beyond this (default %(default)g)")
+    parser.add_argument("--step", type=int, default=0, help="another checkpoint of a run than the newest")
+    options = parser.parse_args(args)
+    from lmjax.runs import export
+
+    export(options.model, options.out, options.dtype, int(options.max_shard_bytes), options.step)
     return 0
 
 
@@ -122,11 +142,12 @@ def _group(name: str, commands: dict[str, str]) -> Callable[[list[str]], int]:
     return run
 
 
-COMPUTES = ("train", "eval", "generate")
+COMPUTES = ("train", "eval", "generate", "export")
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": run_train,
     "eval": run_eval,
     "generate": run_generate,
+    "export": run_export,
     "report": run_report,
     "bench": run_bench,
     "data": _group("data", {"prepare": "run_prepare", "inspect": "run_inspect"}),

@@ -69,6 +69,7 @@ class RunConfig:
     seq_len: int = 512  # tokens of a row
     accumulate: int = 1  # micro-batches that a step is cut into, to save memory
     seed: int = 0
+    init_from: str = ""  # initial weights: a run folder, a Hugging Face folder or a GGUF file; "": random ones
     model: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     objective: PretrainConfig = dataclasses.field(default_factory=PretrainConfig)

@@ -8,17 +8,18 @@ A message names the field or file, its value, and the fix, in one line.
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave us. Subclasses say where."""
+    """A mistake in what the user gave us. Subclasses say where; `problems` holds everything found, not only the
+    first."""
 
     exit_code = 2
-
-
-class ConfigError(UserError):
-    """A config that cannot run. `problems` holds every problem found, not only the first."""
 
     def __init__(self, *problems: str):
         self.problems = problems
         super().__init__("\n".join(problems))
+
+
+class ConfigError(UserError):
+    """A config that cannot run."""
 
 
 class DataError(UserError):

@@ -40,10 +40,14 @@ def make_init(build: Callable[[jax.Array], nnx.Module],
     `shardings` as out_shardings, so that no weight ever exists whole on one device."""
 
     def init(key: jax.Array) -> TrainState:
-        params = nnx.to_pure_dict(nnx.split(build(key))[1])
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+        return fresh_state(nnx.to_pure_dict(nnx.split(build(key))[1]), tx)
 
     return init
+
+
+def fresh_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
+    """The state at step 0 of a run that begins with these weights."""
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
 def graphdef(build: Callable[[jax.Array], nnx.Module]) -> nnx.GraphDef:

@@ -33,6 +33,7 @@ from lmjax.data import Batches, Corpus, Progress, load_tokenizer, prepare_all, v
 from lmjax.decode.generate import generate
 from lmjax.errors import CheckpointError, DataError, NonFiniteError, Stopped
 from lmjax.evals.perplexity import evaluate, make_eval_step
+from lmjax.interop.load import initial_params
 from lmjax.loader import Loader, local_rows
 from lmjax.log import RunLog, format_bytes, format_count, format_duration, read_metrics, summary
 from lmjax.models import Decoder
@@ -41,7 +42,7 @@ from lmjax.nn.attention import choose_attention
 from lmjax.objectives import pretrain
 from lmjax.optim import make_optimizer
 from lmjax.plan import describe, make_plan, parameter_table
-from lmjax.state import graphdef, make_init, shardings
+from lmjax.state import fresh_state, graphdef, make_init, shardings
 from lmjax.step import make_train_step
 
 
@@ -84,7 +85,11 @@ def train(config: RunConfig, profile: int = 0) -> Path:
         placed = shardings(plan.state, mesh)
         restored = checkpoints.restore_latest(abstract(plan.state, placed), meta)
         if restored is None:
-            state = jax.jit(make_init(build, tx), out_shardings=placed)(jax.random.key(config.seed))
+            if config.init_from:
+                params = initial_params(config.init_from, config.model, tokenizer, mesh)
+                state = jax.jit(functools.partial(fresh_state, tx=tx), out_shardings=placed)(params)
+            else:
+                state = jax.jit(make_init(build, tx), out_shardings=placed)(jax.random.key(config.seed))
             first = 0
         else:
             state, saved_meta = restored
@@ -373,6 +378,7 @@ def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Bat
         f"data         {batches.rows_per_epoch:,} training rows, "
         f"{batches.epoch(config.steps):.2f} epochs; tokenizer "
         f"{corpus.tokenizer.name} ({corpus.tokenizer.vocab_size:,} tokens)",
+        *([f"weights      initially those of {config.init_from}"] if config.init_from else []),
         f"objective    goldfish {goldfish.strategy}"
         + (f", one target in {goldfish.k} dropped" if goldfish.strategy != "none" else ""),
         "",

@@ -36,6 +36,7 @@ CONFIGS = {
     "llama3": dataclasses.replace(
         _BASE, norm_eps=1e-5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64), tied=False),
     "smollm2": dataclasses.replace(_BASE, norm_eps=1e-5, rope_theta=1e5),
+    "qwen2": dataclasses.replace(_BASE, norm_eps=1e-6, biases=True, rope_theta=1e6, tied=False),
     "qwen3": dataclasses.replace(_BASE, norm_eps=1e-6, qk_norm=True, rope_theta=1e6),
     "mistral": dataclasses.replace(_BASE, norm_eps=1e-5, windows=(8,), tied=False),
     "gemma2": dataclasses.replace(_GEMMA, windows=(8, 0), attention_softcap=5.0, logit_softcap=3.0),
@@ -50,6 +51,7 @@ WRONG = [
     ("llama3", {"rope_scaling": None}), ("llama3", {"rope_scaling": RopeScaling("linear", 8.0)}),
     ("llama3", {"rope_theta": 5e5}), ("llama3", {"norm_eps": 1e-3}), ("llama3", {"tied": True}),
     ("smollm2", {"rope_theta": 1e4}),
+    ("qwen2", {"biases": False}), ("qwen2", {"tied": True}),
     ("qwen3", {"qk_norm": False}), ("qwen3", {"rope_theta": 1e4}),
     ("mistral", {"windows": (0,)}), ("mistral", {"windows": (7,)}), ("mistral", {"windows": (9,)}),
     ("gemma2", {"attention_softcap": 0.0}), ("gemma2", {"logit_softcap": 0.0}),
@@ -94,6 +96,9 @@ def _parts(name: str, c: DecoderConfig):
         shape, end = ((N, H), "NH") if bias else ((D, N, H), "DNH")
         return [(f"blocks/attention/{x}_{end.replace('N', 'N' if x == 'q' else 'K')}",
                  lambda w, i=i: np.split(w, 3, axis=-1)[i].reshape(shape)) for i, x in enumerate("qkv")]
+    if bias and module in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+        x, heads = module[10], N if module[10] == "q" else K
+        return [(f"blocks/attention/{x}_{'N' if x == 'q' else 'K'}H", lambda w: w.reshape(heads, H))]
     return {
         "attn.c_proj": [("blocks/attention/o_D", whole) if bias else
                         ("blocks/attention/o_NHD", lambda w: w.reshape(N, H, D))],

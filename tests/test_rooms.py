@@ -16,7 +16,7 @@ FLOORS = {
     "models": 2, "loader": 2,
     "state": 3, "checkpoint": 3, "decode": 3, "objectives": 3,
     "config": 4,
-    "step": 5, "evals": 5, "plan": 5,
+    "step": 5, "evals": 5, "plan": 5, "interop": 5,
     "train": 6, "runs": 6, "report": 6,
     "bench": 7,
     "cli": 8, "__main__": 9,

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from lmjax.data.tokenizers import DOCUMENT, ByteTokenizer, HFTokenizer, load_tokenizer, train_bpe
+from lmjax.data.tokenizers import DOCUMENT, ByteTokenizer, HFTokenizer, json_with_bos, load_tokenizer, train_bpe
 from lmjax.errors import DataError
 
 TEXTS = [
@@ -205,3 +205,15 @@ def test_holes_in_the_vocabulary_count():
     assert holes.vocab_size == 10
     assert isinstance(holes.decode(range(10)), str)
     assert holes.token_bytes().tolist() == [1] + [0] * 9
+
+
+def test_bos_for_other_libraries_changes_neither_ids_nor_fingerprint(tmp_path):
+    """What an export adds is seen by `tokenizers`, and is not taken for another tokenizer here."""
+    for tokenizer in (ByteTokenizer(), train_bpe(["some text of some words"], 260)):
+        (tmp_path / "tokenizer.json").write_text(json_with_bos(tokenizer))
+        again = HFTokenizer(tmp_path)
+        assert again.fingerprint == tokenizer.fingerprint and again.prefix_ids == (tokenizer.bos_id,)
+        assert again.encode("some").tolist() == tokenizer.encode("some").tolist()
+        there = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("some").ids
+        assert there == [tokenizer.bos_id, *again.encode("some").tolist()]
+        assert json_with_bos(again) == again.to_json() != tokenizer.to_json()

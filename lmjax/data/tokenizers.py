@@ -2,13 +2,14 @@
 
 What lives here: the byte-level default, any Hugging Face `tokenizer.json` (file, folder or Hub id), and
 training a byte-level BPE. What does not: where text comes from (`sources`), how tokens are stored
-(`prepare`), and chat templates.
+(`prepare`), and the use of chat templates (they are only kept).
 
 Every tokenizer has a `fingerprint` (sha256 of its whole definition), so that shards, checkpoints and
 configs can tell whether they speak of the same one.
 """
 
 import hashlib
+import itertools
 import json
 import re
 import warnings
@@ -33,6 +34,8 @@ class Tokenizer:
     """What every tokenizer offers. Ids are in [0, vocab_size).
 
     `name` is short and for people; `fingerprint` is what is compared. `bos_id` may equal `eos_id`.
+    `chat_template` is the Jinja text that came with the tokenizer, "" if none. `prefix_ids` is what its maker puts
+    before every text; `encode` does not.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Tokenizer:
     bos_id: int
     eos_id: int
     fingerprint: str
+    chat_template: str = ""
+    prefix_ids: tuple[int, ...] = ()
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int32 [tokens]. Adds no specials; text that spells a special stays ordinary text."""
@@ -97,6 +102,9 @@ class ByteTokenizer(Tokenizer):
     def token_bytes(self) -> np.ndarray:
         return (np.arange(257) < 256).astype(np.int32)
 
+    def special_names(self) -> dict[str, str]:
+        return {"bos_token": DOCUMENT, "eos_token": DOCUMENT}
+
     def to_json(self) -> str:
         # Written as a byte-level BPE without merges, so that other libraries can read an exported model.
         return _canonical(_byte_definition())
@@ -140,10 +148,13 @@ class HFTokenizer(Tokenizer):
                 token["special"] = flagged = True
         if flagged:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(runtime))
+        self.chat_template = _chat_template(config)
+        self.prefix_ids = _prefix_ids(self._tokenizer, config, self.bos_id)
         self._tokenizer.encode_special_tokens = True  # text is never parsed for specials
         self._definition = definition
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        self.fingerprint = _fingerprint(definition, self.bos_id, self.eos_id)
+        bos = self._tokenizer.id_to_token(self.bos_id)
+        self.fingerprint = _fingerprint(_without_bos(definition, bos, self.bos_id), self.bos_id, self.eos_id)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -178,12 +189,19 @@ class HFTokenizer(Tokenizer):
         return _canonical(self._definition)
 
     def save(self, path: str | Path) -> None:
-        """Writes the file and, where the names are not the usual ones, `tokenizer_config.json` beside it."""
+        """Writes the file and, where it does not say all, `tokenizer_config.json` beside it."""
         path = Path(path)
         super().save(path)
+        config: dict[str, Any] = {}
         if _find_specials(self._tokenizer, {}, "", missing=-1) != (self.bos_id, self.eos_id):
-            names = json.dumps(self.special_names(), indent=1)
-            (path.parent / "tokenizer_config.json").write_text(names, encoding="utf-8")
+            config |= self.special_names()
+        if _prefix_ids(self._tokenizer, {}, self.bos_id) != self.prefix_ids:
+            config["add_bos_token"] = bool(self.prefix_ids)
+        if self.chat_template:
+            config["chat_template"] = self.chat_template
+        if config:
+            text = json.dumps(config, indent=1, ensure_ascii=False)
+            (path.parent / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     def special_names(self) -> dict[str, str]:
         """{"bos_token": …, "eos_token": …}, as in tokenizer_config.json."""
@@ -320,6 +338,58 @@ def _find_specials(tokenizer: Any, config: dict[str, Any], where: str,
     return bos, eos
 
 
+def _chat_template(config: dict[str, Any]) -> str:
+    """The template of a tokenizer_config.json; of several, the one called default."""
+    template = config.get("chat_template") or ""
+    if isinstance(template, list):
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default") or ""
+    return template if isinstance(template, str) else ""
+
+
+def _prefix_ids(tokenizer: Any, config: dict[str, Any], bos_id: int) -> tuple[int, ...]:
+    """What stands before a text: what the post-processor adds; without one, bos where the config says so."""
+    if tokenizer.post_processor is None:
+        return (bos_id,) if config.get("add_bos_token") is True else ()
+    encoding = tokenizer.encode("a", add_special_tokens=True)
+    leading = itertools.takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True))
+    return tuple(index for index, _ in leading)
+
+
+def json_with_bos(tokenizer: Tokenizer) -> str:
+    """`to_json` with a post-processor that puts bos before every text, unless there is one that does.
+
+    For other libraries. It changes no id that `encode` gives, and neither the fingerprint.
+    """
+    definition = json.loads(tokenizer.to_json())
+    before = definition.get("post_processor")
+    if before is not None and tokenizer.prefix_ids:
+        return tokenizer.to_json()
+    template = _bos_template(tokenizer.special_names()["bos_token"], tokenizer.bos_id)
+    both = template if before is None else {"type": "Sequence", "processors": [before, template]}
+    return _canonical(definition | {"post_processor": both})
+
+
+def _without_bos(definition: dict[str, Any], bos: str, bos_id: int) -> dict[str, Any]:
+    """A definition as it was before `json_with_bos`."""
+    processor, template = definition.get("post_processor"), _bos_template(bos, bos_id)
+    if processor == template:
+        return definition | {"post_processor": None}
+    if processor and processor.get("type") == "Sequence" and processor.get("processors", [])[1:] == [template]:
+        return definition | {"post_processor": processor["processors"][0]}
+    return definition
+
+
+def _bos_template(bos: str, bos_id: int) -> dict[str, Any]:
+    def piece(kind: str, name: str, part: int) -> dict[str, Any]:
+        return {kind: {"id": name, "type_id": part}}
+
+    first, second = ([piece("SpecialToken", bos, part), piece("Sequence", name, part)]
+                     for part, name in enumerate("AB"))
+    return {"type": "TemplateProcessing", "single": first, "pair": first + second,
+            "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}}
+
+
 def _tokenizer_file(path: Path) -> Path:
     if path.is_dir():
         if not (path / "tokenizer.json").is_file():
@@ -343,14 +413,17 @@ def _read_definition(path: Path) -> dict[str, Any]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return {}
+    path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    config: Any = {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        if path.is_file():
+            config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({_one_line(error)}); correct or remove it") from None
-    return config if isinstance(config, dict) else {}
+    config = config if isinstance(config, dict) else {}
+    if template.is_file():
+        config["chat_template"] = template.read_text(encoding="utf-8", errors="replace")
+    return config
 
 
 def _from_hub(name: str) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""The decoder: one pre-norm transformer that covers GPT-2, Llama, Qwen3, Gemma 2/3, Mistral and SmolLM.
+"""The decoder: one pre-norm transformer that covers GPT-2, Llama, Qwen2/3, Gemma 2/3, Mistral and SmolLM.
 
     x = embed(tokens)                         (+ learned positions, x embed_scale)
     x = x + attention(norm(x))                for each of L blocks
@@ -52,7 +52,7 @@ class DecoderConfig:
     windows: tuple[int, ...] = (0,)  # sliding window of each layer, repeated over depth; 0: all tokens
     gated: bool = True
     activation: str = "silu"  # silu | gelu | gelu_tanh | relu2
-    biases: bool = False  # on every projection and on layernorm
+    biases: bool = False  # on every projection and on layernorm; where gated, on q, k and v alone (Qwen2)
     tied: bool = True  # the output matrix is the embedding
     attention_softcap: float = 0.0  # 0: none
     logit_softcap: float = 0.0  # 0: none
@@ -102,8 +102,6 @@ class DecoderConfig:
             bad.append(f"{prefix}.num_kv_heads={c.num_kv_heads} does not divide num_heads={c.num_heads}")
         if self.positions == "rope" and c.head_dim % 2:
             bad.append(f"{prefix}.head_dim={c.head_dim}: RoPE turns pairs, so it must be even")
-        if self.gated and self.biases:
-            bad.append(f"{prefix}.gated and {prefix}.biases are both on; biases are for the plain MLP only")
         return bad
 
 
@@ -204,7 +202,7 @@ class Attention(nnx.Module):
         self.q_NH = _full((N, H), 0.0, c.biases)
         self.k_KH = _full((K, H), 0.0, c.biases)
         self.v_KH = _full((K, H), 0.0, c.biases)
-        self.o_D = _full((D,), 0.0, c.biases)
+        self.o_D = _full((D,), 0.0, c.biases and not c.gated)
         self.q_scale_H = _full((H,), 1.0, c.qk_norm)
         self.k_scale_H = _full((H,), 1.0, c.qk_norm)
 
@@ -242,8 +240,8 @@ class MLP(nnx.Module):
         self.up_DF = _random(key, "up_DF", (D, F), D**-0.5)
         self.gate_DF = _random(key, "gate_DF", (D, F), D**-0.5) if c.gated else None
         self.down_FD = _random(key, "down_FD", (F, D), EMBED_STD * (F * 2 * c.num_layers) ** -0.5)
-        self.up_F = _full((F,), 0.0, c.biases)
-        self.down_D = _full((D,), 0.0, c.biases)
+        self.up_F = _full((F,), 0.0, c.biases and not c.gated)
+        self.down_D = _full((D,), 0.0, c.biases and not c.gated)
 
     def __call__(self, x_BTD):
         up, gate, down, up_F, down_D = (

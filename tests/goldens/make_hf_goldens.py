@@ -9,8 +9,8 @@ tokens with windows of 8, all three bands of the llama3 scaling, local and globa
 pattern does not divide, soft-caps low enough to bite, head_dim unlike d_model / num_heads.
 
 The JSON holds per case: logits at POSITIONS of both rows, the mean cross-entropy of the next token, the norm
-of its gradient for every tensor of the model by the tensor's name, and the tensors' shapes. Nothing of our
-own decoder is used.
+of its gradient for every tensor of the model by the tensor's name, the tensors' shapes, and the config.json that
+transformers writes. Nothing of our own decoder is used.
 """
 
 import json
@@ -40,6 +40,9 @@ CASES = {
     "smollm2": ("LlamaConfig", "LlamaForCausalLM", dict(
         _SIZES, rms_norm_eps=1e-5, tie_word_embeddings=True,
         rope_parameters=dict(rope_type="default", rope_theta=100_000.0))),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", dict(
+        _SIZES, rms_norm_eps=1e-6, tie_word_embeddings=False,
+        rope_parameters=dict(rope_type="default", rope_theta=1_000_000.0))),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", dict(
         _SIZES, rms_norm_eps=1e-6, tie_word_embeddings=True,
         rope_parameters=dict(rope_type="default", rope_theta=1_000_000.0))),
@@ -104,6 +107,7 @@ def golden(case: str) -> dict:
         "logits": [[[_short(z) for z in row[t].tolist()] for t in POSITIONS] for row in logits.detach()],
         "loss": _short(loss.item()),
         "grad_norms": {name: _short(p.grad.norm().item()) for name, p in model.named_parameters()},
+        "config": json.loads(config.to_json_string()) | {"architectures": [model_class]},
         "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
     }
 

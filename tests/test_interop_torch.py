@@ -1,0 +1,77 @@
+"""Against transformers itself: its files give its logits here, ours give ours there. Needs torch and transformers
+(the extra "interop-test"); without them the stored tensors of `test_interop` and `test_hf_parity` have to do."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from goldens.make_hf_goldens import CASES, tokens, weight
+from test_interop import same_bytes
+
+from lmjax.data import load_tokenizer, train_bpe
+from lmjax.interop.hf import read_hf, write_hf
+from lmjax.models import Decoder
+from lmjax.state import graphdef
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 1e-4  # absolute, of logits up to 12; measured: below 2e-5
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def theirs(case: str):
+    """A model of transformers with the random weights of the goldens."""
+    config_class, model_class, fields = CASES[case]
+    config = getattr(transformers, config_class)(**fields, attn_implementation="eager")
+    model = getattr(transformers, model_class)(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(weight(case, name, tuple(parameter.shape))))
+    return model
+
+
+def their_logits(model) -> np.ndarray:
+    with torch.no_grad():
+        return model(input_ids=torch.from_numpy(tokens().astype(np.int64))).logits.numpy().copy()
+
+
+def our_logits(config, params) -> np.ndarray:
+    graph = graphdef(functools.partial(Decoder, config))
+    return np.asarray(jax.jit(lambda p: nnx.merge(graph, p)(tokens()), compiler_options=QUICK)(params))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_there_and_back(case, tmp_path):
+    model = theirs(case)
+    model.save_pretrained(tmp_path / "theirs")
+    config, params = read_hf(tmp_path / "theirs")
+    wanted = their_logits(model)
+    error = np.abs(our_logits(config, params) - wanted).max()
+    print(f"{case}: largest difference of logits {error:.1e}, of logits up to {np.abs(wanted).max():.1f}")
+    assert error < TOLERANCE
+    out = write_hf(tmp_path / "ours", config, params, max_shard_bytes=100_000)
+    back = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager", dtype=torch.float32)
+    assert type(back) is type(model) and np.array_equal(their_logits(back), wanted)
+    assert same_bytes(read_hf(out)[1], params)
+    swapped = dict(params, embed_VD=params["embed_VD"][::-1])
+    assert np.abs(our_logits(config, swapped) - wanted).max() > 100 * TOLERANCE
+
+
+def test_tokenizer_there_and_back(tmp_path):
+    """The tokenizer of an exported run: the same ids there, bos in front, and the chat template."""
+    tokenizer = train_bpe(["the model reads what it wrote, and writes 1234 things it read"], 280)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }};{% endfor %}"
+    model = theirs("smollm2")
+    model.save_pretrained(tmp_path / "theirs")
+    config, params = read_hf(tmp_path / "theirs")
+    out = write_hf(tmp_path / "ours", config, params, tokenizer, add_bos=True)
+    there = transformers.AutoTokenizer.from_pretrained(out)
+    text = "it writes the 1234 things, é 😀\n  and reads"
+    ids = tokenizer.encode(text).tolist()
+    assert there(text).input_ids == [tokenizer.bos_id, *ids] and there(text, add_special_tokens=False).input_ids == ids
+    assert there.decode(ids) == text and there.eos_token_id == tokenizer.eos_id
+    assert there.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi;"
+    assert load_tokenizer(str(out)).fingerprint == tokenizer.fingerprint
