@@ -10,8 +10,9 @@
 
     serve(prepare)
 
-One line of JSON in, {"steps": n}; one step that is not counted, then n; one line of JSON out. Standard library only, so that any interpreter can be a
-contender. What contenders print goes to stderr: stdout carries the protocol alone. The parent's side is `rounds`.
+One line of JSON in, {"steps": n}; one step that is not counted, then n; one line of JSON out. Standard library
+only, so that any interpreter can be a contender. What contenders print goes to stderr: stdout carries the protocol
+alone. The parent's side is `rounds`.
 """
 
 import ctypes
