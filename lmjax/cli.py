@@ -79,21 +79,76 @@ def run_eval(args: list[str]) -> int:
 
 
 def run_generate(args: list[str]) -> int:
-    parser = _parser("generate", "Continue texts with a model: the newest checkpoint of a run, or one of others.")
+    parser = _parser("generate", """Continue texts with a model: the newest checkpoint of a run, or one of others.
+
+Settings are applied in this order: penalties, no-repeat-ngram, DRY; then temperature, top-k, top-p, min-p,
+typical. The same model, prompts, settings and seed give the same text. Formulas: docs/decoding.md.""")
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--prompt", action="append", help="text to continue (repeatable; default: none)")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default %(default)s)")
-    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all (default %(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="1 keeps all (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step", type=int, default=0, help="another checkpoint than the newest")
+    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                        help="end before this text (repeatable)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stream", action=argparse.BooleanOptionalAction, default=None,
+                        help="print as it is written (default: on a terminal)")
+
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default %(default)s)")
+    group.add_argument("--top-k", type=int, default=0, help="the k likeliest tokens; 0 keeps all (default %(default)s)")
+    group.add_argument("--top-p", type=float, default=0.95,
+                       help="the likeliest tokens that make up probability p; 1 keeps all (default %(default)s)")
+    group.add_argument("--min-p", type=float, default=0.0,
+                       help="tokens at least p times as likely as the likeliest; 0 keeps all (default %(default)s)")
+    group.add_argument("--typical", type=float, default=1.0, dest="typical_p", metavar="P",
+                       help="the tokens of most typical surprise that make up p; 1 keeps all (default %(default)s)")
+
+    group = parser.add_argument_group("against repetition")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R",
+                       help="divides positive logits of tokens seen, multiplies negative ones (default %(default)s)")
+    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="F",
+                       help="off a token's logit for each time it was generated (default %(default)s)")
+    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="F",
+                       help="off a token's logit once it was generated (default %(default)s)")
+    group.add_argument("--no-repeat-ngram", type=int, default=0, metavar="N",
+                       help="no N tokens in a row occur twice; 0 lets them (default %(default)s)")
+    group.add_argument("--dry", type=float, default=0.0, dest="dry_multiplier", metavar="M",
+                       help="what prolonging a repetition costs; 0 is nothing, 0.8 usual (default %(default)s)")
+    group.add_argument("--dry-base", type=float, default=1.75, metavar="B",
+                       help="times this for each token that the repetition is longer (default %(default)s)")
+    group.add_argument("--dry-allowed-length", type=int, default=2, metavar="N",
+                       help="repetitions shorter than this are free (default %(default)s)")
+
+    group = parser.add_argument_group("other ways to decode")
+    group.add_argument("--beams", type=int, default=0, metavar="N", help="beam search; needs --temperature 0")
+    group.add_argument("--length-penalty", type=float, default=1.0, metavar="A",
+                       help="beams score log-probability / length^A (default %(default)s)")
+    group.add_argument("--draft", default="", metavar="RUN",
+                       help="a small model that proposes tokens; the distribution stays the model's")
+    group.add_argument("--proposals", type=int, default=4, metavar="N",
+                       help="tokens that the draft proposes at a time (default %(default)s)")
+
+    group = parser.add_argument_group("key/value cache")
+    group.add_argument("--cache-dtype", default="", metavar="DTYPE",
+                       help="float32, bfloat16 or int8 (default: the model's compute dtype)")
+    group.add_argument("--cache-window", type=int, default=0, metavar="N",
+                       help="every layer sees the last N tokens only, in memory of N tokens; 0 is all")
+    group.add_argument("--sinks", type=int, default=0, metavar="N",
+                       help="layers with a window also see the first N tokens (default %(default)s)")
     options = parser.parse_args(args)
-    from lmjax.decode.generate import SampleConfig
+    from lmjax.decode.processors import SampleConfig
+    from lmjax.decode.write import TextRequest
+    from lmjax.nn.cache import CacheConfig
     from lmjax.runs import generate_from_run
 
-    config = SampleConfig(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
-    generate_from_run(options.model, options.prompt or [""], config, options.seed, options.step)
+    given = vars(options)
+    sample = SampleConfig(**{name: given[name] for name in SampleConfig.__dataclass_fields__})
+    prompts = tuple(options.prompt or [""])
+    can_stream = len(prompts) == 1 and not options.beams and not options.draft
+    request = TextRequest(prompts, sample, CacheConfig(options.cache_dtype, options.cache_window, options.sinks),
+                          options.seed, tuple(options.stop), options.beams, options.length_penalty, options.proposals,
+                          can_stream and sys.stdout.isatty() if options.stream is None else options.stream)
+    generate_from_run(options.model, request, options.step, options.draft)
     return 0
 
 

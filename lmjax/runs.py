@@ -11,7 +11,7 @@ import numpy as np
 
 from lmjax.axes import MeshConfig, make_mesh
 from lmjax.data import Corpus, prepare_all, validation_batches
-from lmjax.decode.generate import SampleConfig, generate
+from lmjax.decode.write import TextRequest, write
 from lmjax.errors import ConfigError, DataError
 from lmjax.evals.perplexity import evaluate, make_eval_step
 from lmjax.interop.hf import write_hf
@@ -55,25 +55,28 @@ def held_out_text(corpus: Corpus) -> bytes:
                    for tokens in corpus.tokens("validation")).encode()
 
 
-def generate_from_run(path: str, prompts: list[str], sample: SampleConfig, seed: int, step: int) -> None:
-    """Prints continuations of the prompts by a run, a Hugging Face folder or a GGUF file, with its own tokenizer."""
-    problems = sample.problems("generate")
-    if not 0 <= seed < 2**32:
-        problems.append(f"--seed {seed}: must be from 0 to 2^32 - 1")
-    if problems:
+def generate_from_run(path: str, request: TextRequest, step: int, draft: str = "") -> None:
+    """Prints continuations of the prompts by a run, a Hugging Face folder or a GGUF file, with its own tokenizer.
+    draft: a model, of any of these kinds, that proposes.
+
+    Raises ConfigError where settings do not go together or the two tokenizers differ.
+    """
+    if problems := request.problems(bool(draft)):
         raise ConfigError(*problems)
     opened = open_model(path, mesh=all_devices(), step=step)
-    ids = [opened.encode(prompt) for prompt in prompts]
-    tokenizer = opened.tokenizer
-    longest = max(len(p) for p in ids) + sample.max_new_tokens
-    if longest > opened.config.max_seq_len:
-        raise DataError(f"prompt and new tokens make {longest} tokens, and model.max_seq_len is "
-                        f"{opened.config.max_seq_len}; shorten the prompt or lower --max-new-tokens")
+    ids = [opened.encode(prompt) for prompt in request.prompts]
+    small = open_model(draft, mesh=opened.mesh) if draft else None
+    if small and (small.tokenizer is None or small.tokenizer.fingerprint != opened.tokenizer.fingerprint):
+        raise ConfigError(f"--draft {draft}: its tokenizer is not that of {path}; a draft model must share the "
+                          "vocabulary")
+
+    def say(text: str) -> None:
+        print(printable(text), end="", flush=True)
+
+    say(f"--- {opened.name} ---\n")
     with jax.set_mesh(opened.mesh):
-        outs = generate(opened.graphdef, opened.params, ids, sample, key=jax.random.key(seed),
-                        vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
-    for prompt, out in zip(prompts, outs, strict=True):
-        print(f"--- {opened.name} ---\n{printable(prompt + tokenizer.decode(out))}")
+        write(request, opened.graphdef, opened.params, opened.tokenizer, ids, say,
+              (small.graphdef, small.params) if small else None)
 
 
 def export(path: str, out: str, dtype: str, max_shard_bytes: int, step: int) -> None:

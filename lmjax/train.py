@@ -30,7 +30,7 @@ from lmjax.axes import abstract_mesh, make_mesh
 from lmjax.checkpoint import Checkpoints, abstract, flatten, save_json, versions
 from lmjax.config import RunConfig, fit_vocabulary, ignored, to_json, validate
 from lmjax.data import Batches, Corpus, Progress, load_tokenizer, prepare_all, validation_batches
-from lmjax.decode.generate import generate
+from lmjax.decode.generate import check, generate
 from lmjax.errors import CheckpointError, DataError, NonFiniteError, Stopped
 from lmjax.evals.perplexity import evaluate, make_eval_step
 from lmjax.interop.load import initial_params
@@ -69,6 +69,9 @@ def train(config: RunConfig, profile: int = 0) -> Path:
         corpus = prepare_all(config.data, progress=say_preparing if is_main else None)
         tokenizer = corpus.tokenizer
         config = fit_vocabulary(config, config.data.tokenizer, tokenizer.vocab_size)
+        if config.evals.every and config.evals.prompts:
+            check(config.model, eval_prompts(config, tokenizer),
+                  [config.evals.sample] * len(config.evals.prompts), tokenizer.vocab_size, what="evals.prompts: prompt")
         batches = Batches(corpus, "train", config.batch_size, config.seq_len, config.seed)
 
         # ---- Mesh, model, optimizer -------------------------------------------------------------------
@@ -275,11 +278,15 @@ def sample_texts(config: RunConfig, model_def, params, tokenizer, step: int) -> 
     """(prompt, continuation) for each of evals.prompts; a function of (seed, step)."""
     if not config.evals.prompts:
         return []
-    prompts = [np.concatenate([[tokenizer.bos_id], tokenizer.encode(p)]) for p in config.evals.prompts]
     key = jax.random.fold_in(jax.random.key(config.seed), step)
-    outs = generate(model_def, params, prompts, config.evals.sample, key=key, vocab_size=tokenizer.vocab_size,
-                    eos_id=tokenizer.eos_id)
+    outs = generate(model_def, params, eval_prompts(config, tokenizer), config.evals.sample, key=key,
+                    vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
     return [(p, tokenizer.decode(out)) for p, out in zip(config.evals.prompts, outs, strict=True)]
+
+
+def eval_prompts(config: RunConfig, tokenizer) -> list[np.ndarray]:
+    """Token ids of evals.prompts, each with the document's beginning."""
+    return [np.concatenate([[tokenizer.bos_id], tokenizer.encode(p)]) for p in config.evals.prompts]
 
 
 def corpus_fingerprints(corpus: Corpus) -> dict:

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import nnx
 
 from lmjax.axes import MeshConfig, make_mesh
 from lmjax.loader import to_global
@@ -18,7 +20,7 @@ from lmjax.objectives import pretrain
 from lmjax.optim import OptimConfig, make_optimizer
 from lmjax.state import graphdef, make_init, shardings
 from lmjax.step import make_train_step
-from lmjax.tree import named_leaves
+from lmjax.tree import map_with_name, named_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,6 +67,21 @@ def run_steps(mesh: MeshConfig, num_devices: int, *, steps: int = 3, accumulate:
             state, metrics = train_step(state, to_global(batch, slice(0, rows), built, rows))
             history.append({k: float(s) / max(float(w), 1e-9) for k, (s, w) in metrics.items()})
     return first, state, history
+
+
+QUICK = {"xla_backend_optimization_level": 0}  # LLVM's level, for programs whose cost is compiling them
+
+
+def random_model(config: DecoderConfig, seed: int = 1, spread: float = 0.05, **compute) -> Decoder:
+    """A Decoder whose weights are its own plus noise of NumPy's: far from any symmetry, and nothing compiles."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, compute=ComputeConfig(**compute))))
+    rng = np.random.default_rng(seed)
+
+    def fill(name, leaf):
+        middle, fan_in = float("scale" in name), leaf.shape[1] if leaf.ndim > 2 else 1
+        noise = rng.uniform(-1, 1, leaf.shape) * (fan_in ** -0.5 if leaf.ndim > 2 else spread)
+        return jnp.asarray(middle + noise, jnp.float32)
+    return nnx.merge(graph, map_with_name(fill, nnx.to_pure_dict(state)))
 
 
 # ---- whole runs, through the command line ---------------------------------------------------------------

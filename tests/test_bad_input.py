@@ -218,6 +218,33 @@ def test_run_without_checkpoints(trained, tmp_path, capsys):
     fails(capsys, ["generate", trained / "runs" / "tiny", "--step", "3"], 4, "no checkpoint of step 3")
 
 
+def test_generate_refuses_what_it_cannot_do(trained, capsys):
+    run = trained / "runs" / "tiny"
+    for args, word in ((["--min-p", "2"], "generate.min_p=2.0"), (["--dry", "-1"], "generate.dry_multiplier=-1.0"),
+                       (["--stop", ""], "--stop ''"), (["--beams", "2"], "--temperature 0"),
+                       (["--cache-dtype", "int4"], "cache.dtype='int4'"), (["--draft", "x", "--stream"], "--stream"),
+                       (["--repetition-penalty", "0"], "generate.repetition_penalty=0.0")):
+        fails(capsys, ["generate", run, *args], 2, word)
+    fails(capsys, ["generate", run, "--prompt", "the " * 20], 3, "prompt 0", "max_seq_len is 64")
+
+
+def test_generate_in_every_way(trained, capsys):
+    """On a real run: greedy gives the same text streamed or whole, alone or with a draft."""
+    run = str(trained / "runs" / "tiny")
+    texts = []
+    for args in (["--no-stream"], ["--stream"], ["--draft", run], ["--cache-dtype", "float32"]):
+        assert main(["generate", run, "--prompt", "the", "--max-new-tokens", "8", "--temperature", "0", *args]) == 0
+        texts.append([line for line in capsys.readouterr().out.splitlines() if "proposed" not in line])
+    assert texts[0][1].startswith("the") and all(text == texts[0] for text in texts)
+
+
+def test_prompts_that_do_not_fit(config, capsys):
+    args = [arg for arg in FAST if not arg.startswith("--evals")]
+    fails(capsys, ["train", config, *args, f"--evals.prompts={('the ' * 20,)}"], 3, "evals.prompts: prompt 0",
+          "max_seq_len is 64")
+    assert not list((config.parent / "runs").rglob("checkpoints/*"))
+
+
 def test_loss_that_is_not_a_number(config, capsys):
     fails(capsys, ["train", config, *QUICK, "--optim.clip_norm=0", "--optim.learning_rate=10", "--steps=40",
                    "--optim.weight_decay=10", "--optim.b2=0"], 5, "step ", "learning_rate")

@@ -1,4 +1,4 @@
-"""The decoder: causality and document masks by gradient, equal attention forms, windows, cache, import use."""
+"""The decoder: causality and document masks by gradient, equal attention forms, windows, import use."""
 
 import dataclasses
 import functools
@@ -155,25 +155,6 @@ def test_unrolled_layers_are_scanned_layers(kind):
 
     for ours, right in zip(loss_and_gradients("unroll"), loss_and_gradients("scan"), strict=True):
         np.testing.assert_allclose(ours, right, rtol=2e-4, atol=2e-4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_cache_equals_the_whole_row(kind):
-    """Prefill of prompts of unequal length, then single steps, against the full forward pass."""
-    model, ids = Decoder(KINDS[kind]), tokens(2)
-    full = logits_of(model, ids)
-    extend = jax.jit(lambda model, ids, valid, cache: model.extend(ids, valid, cache))
-    pad = 4  # the second row is a prompt that is 4 tokens shorter, padded on the left
-    padded = jnp.stack([ids[0], jnp.concatenate([jnp.zeros(pad, jnp.int32), ids[1, :-pad]])])
-    valid = jnp.ones_like(ids, bool).at[1, :pad].set(False)
-    cache = model.new_cache(2, 24)
-    outs = []
-    for start, stop in ((0, 15), (15, 16), (16, 24)):
-        hidden, cache = extend(model, padded[:, start:stop], valid[:, start:stop], cache)
-        outs.append(model.logits(hidden))
-    outs = jnp.concatenate(outs, axis=1)
-    np.testing.assert_allclose(outs[0], full[0], atol=3e-5)
-    np.testing.assert_allclose(outs[1, pad:], full[1, :-pad], atol=3e-5)
 
 
 def test_weights_do_not_depend_on_compute_and_do_on_seed():

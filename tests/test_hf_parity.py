@@ -245,19 +245,21 @@ def _extend(case: str):
     return nnx.merge(graph, params), params, extend
 
 
-def through_cache(case: str, pad: int = 3, seen: int = 0):
-    """Logits of the rows from a cache: a prefill of `pad` slots of padding and 9 tokens, then 3 chunks of 5.
+def through_cache(case: str, pad: int = 3, forget: int = 0):
+    """Logits of the rows from a cache: 9 tokens and `pad` of padding, then 3 chunks of 5.
 
-    The last `seen` slots of the padding are wrongly called valid.
+    The cache is wrongly told that it has seen `forget` tokens fewer after the first of them.
     """
     model, params, extend = _extend(case)
-    ids = jnp.pad(IDS, ((0, 0), (pad, 0)))
-    valid = jnp.broadcast_to(jnp.arange(ids.shape[1]) >= pad - seen, ids.shape)
-    cache, outs = model.new_cache(2, ids.shape[1]), []
-    for start, stop in ((0, 9 + pad), (9 + pad, 14 + pad), (14 + pad, 19 + pad), (19 + pad, 24 + pad)):
-        hidden, cache = extend(params, ids[:, start:stop], valid[:, start:stop], cache)
-        outs.append(model.logits(hidden))
-    return jnp.concatenate(outs, axis=1)[:, pad:]
+    cache, outs = model.new_cache(2, IDS.shape[1] + pad, chunk=9 + pad), []
+    for start, stop in ((0, 9), (9, 14), (14, 19), (19, 24)):
+        more = 9 + pad - stop if start == 0 else 0
+        ids = jnp.pad(IDS[:, start:stop], ((0, 0), (0, more)))
+        hidden, cache = extend(params, ids, jnp.full(2, stop - start), cache)
+        outs.append(model.logits(hidden)[:, :stop - start])
+        if start == 0:
+            cache = dataclasses.replace(cache, lengths_B=cache.lengths_B - forget)
+    return jnp.concatenate(outs, axis=1)
 
 
 @pytest.mark.parametrize("case", ["gpt2", "gemma3"])
@@ -265,4 +267,4 @@ def test_cache(case):
     logits = through_cache(case)
     assert logits_error(case, logits) < TOLERANCE
     assert error(logits, right(case)[0][1]) < TOLERANCE
-    assert logits_error(case, through_cache(case, seen=1)) > 10 * TOLERANCE, "padding that is seen passes"
+    assert logits_error(case, through_cache(case, forget=1)) > 10 * TOLERANCE, "padding that is seen passes"

@@ -82,6 +82,8 @@ def _scaling(rope: Settings) -> RopeScaling | None:
 def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
+    if scaling.kind not in ("linear", "llama3"):
+        raise CheckpointError(f"model.rope_scaling.kind={scaling.kind!r}: only linear and llama3 can be exported")
     written: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind == "llama3":
         written |= {"low_freq_factor": scaling.low_freq, "high_freq_factor": scaling.high_freq,

@@ -21,12 +21,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmjax.axes import constrain
-from lmjax.nn.attention import causal_mask, reference_attention, self_attention
-from lmjax.nn.cache import Cache, empty_cache
+from lmjax.models import cached
+from lmjax.nn.attention import self_attention
+from lmjax.nn.cache import Cache, CacheConfig
 from lmjax.nn.linear import project
 from lmjax.nn.mlp import ACTIVATIONS, feed_forward
 from lmjax.nn.norm import layer_norm, rms_norm
-from lmjax.nn.rope import RopeScaling, apply_rope, rope_frequencies, rotation
+from lmjax.nn.rope import RopeScaling, apply_rope, rope_frequencies, rope_magnitude, rotation
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -90,8 +91,8 @@ class DecoderConfig:
                 bad.append(f"{prefix}.{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
         if not self.windows or any(w < 0 for w in self.windows):
             bad.append(f"{prefix}.windows={self.windows}: give at least one window, each 0 (all) or more")
-        if self.rope_scaling and self.rope_scaling.kind not in ("linear", "llama3"):
-            bad.append(f"{prefix}.rope_scaling.kind={self.rope_scaling.kind!r}: choose linear or llama3")
+        if self.rope_scaling:
+            bad += self.rope_scaling.problems(f"{prefix}.rope_scaling")
         if bad:
             return bad
         c = self.filled()
@@ -329,36 +330,18 @@ class Decoder(nnx.Module):
         cap = self.config.logit_softcap
         return cap * jnp.tanh(logits_BTV / cap) if cap else logits_BTV
 
-    def new_cache(self, batch: int, slots: int) -> Cache:
-        """An empty key/value cache with room for `slots` tokens a row."""
-        c = self.config
-        return empty_cache(c.num_layers, batch, slots, c.num_kv_heads, c.head_dim,
-                           jnp.dtype(self.compute.dtype))
+    def new_cache(self, batch: int, slots: int, cache: CacheConfig | None = None, chunk: int = 1) -> Cache:
+        """An empty key/value cache for rows of up to `slots` tokens, of which at most `chunk` are appended at once
+        after the first call of `extend`."""
+        return cached.new_cache(self.config, self.compute.dtype, batch, slots, cache, chunk)
 
-    def extend(self, tokens_BT: jax.Array, valid_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Appends T tokens to a cache: (hidden states [B, T, D], the longer cache).
+    def extend(self, tokens_BT: jax.Array, counts_B: jax.Array, cache: Cache, empty: bool = False
+               ) -> tuple[jax.Array, Cache]:
+        """Appends the first counts_B of T tokens to each row of a cache: (hidden [B, T, D], the longer cache).
 
-        valid_BT is False on the left padding of short prompts. Prefill and single steps are the same call.
+        Prefill, with `empty`, and single steps are the same call; see `lmjax.models.cached.extend`.
         """
-        c, T = self.config, tokens_BT.shape[1]
-        slots = jnp.arange(cache.valid_BS.shape[1])
-        index_T = cache.length + jnp.arange(T)
-        valid_BS = jax.lax.dynamic_update_slice(cache.valid_BS, valid_BT, (0, cache.length))
-        counts_BS = jnp.cumsum(valid_BS, axis=1) - 1
-        positions_BT = jnp.maximum(jax.lax.dynamic_slice_in_dim(counts_BS, cache.length, T, axis=1), 0)
-
-        def attend_with(kv):
-            def attend(q, k, v, window):
-                k = jax.lax.dynamic_update_slice(kv[0], k, (0, cache.length, 0, 0))
-                v = jax.lax.dynamic_update_slice(kv[1], v, (0, cache.length, 0, 0))
-                mask_BTS = causal_mask(index_T, slots, window)[None] & valid_BS[:, None, :]
-                y = reference_attention(q, k, v, mask_BTS, scale=c.query_scale, softcap=c.attention_softcap)
-                return y, (k, v)
-            return attend
-
-        x_BTD, (k_LBSKH, v_LBSKH) = self._blocks(
-            self._embed(tokens_BT, positions_BT), positions_BT, attend_with, (cache.k_LBSKH, cache.v_LBSKH))
-        return self.final_norm(x_BTD), Cache(k_LBSKH, v_LBSKH, valid_BS, cache.length + T)
+        return cached.extend(self, tokens_BT, counts_B, cache, empty)
 
     def _embed(self, tokens_BT, positions_BT):
         dtype = jnp.dtype(self.compute.dtype)
@@ -374,8 +357,13 @@ class Decoder(nnx.Module):
         c = self.config
         if c.positions != "rope":
             return None, None
-        everywhere = rotation(positions_BT, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
-        local = rotation(positions_BT, rope_frequencies(c.head_dim, c.rope_local_theta)) if any(c.windows) else None
+
+        def turns(theta, scaling):
+            return rotation(positions_BT, rope_frequencies(c.head_dim, theta, scaling, positions_BT),
+                            rope_magnitude(scaling))
+
+        everywhere = turns(c.rope_theta, c.rope_scaling)
+        local = turns(c.rope_local_theta, None) if any(c.windows) else None
         return everywhere, local
 
     def _blocks(self, x_BTD, positions_BT, attend_with, extras):
