@@ -268,6 +268,15 @@ def test_bench_loss(capsys):
     assert result["ratios"].keys() == {"chunked 1 MiB"}
 
 
+def test_bench_decode(capsys):
+    assert main(["bench", "decode", "--smoke"]) == 0
+    found = last_line(capsys)["batches"]["2"]
+    assert found["contenders"]["lmjax"]["seconds"]["median"] > 0
+    theirs = found["contenders"]["transformers"]
+    assert "failed" in theirs or found["ratios"]["transformers"]["wall"]["median"] > 0
+    assert main(["bench", "decode", "--batch=one"]) == 2 and "give whole numbers" in capsys.readouterr().err
+
+
 def test_bench_checkpoint(capsys, tmp_path, monkeypatch):
     assert main(["bench", "checkpoint", "--smoke", f"--folder={tmp_path}"]) == 0
     found = last_line(capsys)["sizes"]["100,000"]

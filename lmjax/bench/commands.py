@@ -10,6 +10,7 @@ USAGE = """usage: lmjax bench COMMAND [options]
   data         tokens per second through tokenise, prepare, shuffle, pack, load
   start        --help, import, first step, compile time by depth
   checkpoint   how long a save stalls the loop, and a restore
+  decode       greedy decoding with a cache against Transformers
 
 The last line of stdout is one JSON object with everything. `lmjax bench COMMAND --help` says more; how to read the
 figures: docs/performance.md.
@@ -34,7 +35,8 @@ def run_bench(args: list[str]) -> int:
             from lmjax.bench.start import run
         case "checkpoint":
             from lmjax.bench.checkpoint import run
-        # `decode` goes here once it exists; its contenders speak the protocol of `child`.
+        case "decode":
+            from lmjax.bench.decode import run
         case other:
             raise ConfigError(f"lmjax bench {other}: no such benchmark; see `lmjax bench --help`")
     return run(args[1:])
