@@ -42,6 +42,7 @@ from lmjax.nn.attention import choose_attention
 from lmjax.objectives import pretrain
 from lmjax.optim import make_optimizer
 from lmjax.plan import describe, make_plan, parameter_table
+from lmjax.process import release_freed_memory
 from lmjax.state import fresh_state, graphdef, make_init, shardings
 from lmjax.step import make_train_step
 
@@ -260,6 +261,7 @@ def compile_step(train_step, state, batch, log: RunLog, options: dict | None = N
                 raise
             log.say(f"this XLA lacks one of {', '.join(options)}; compiling without")
             compiled = lowered.compile()
+    release_freed_memory()
     analysis = compiled.memory_analysis()
     temp = f", {format_bytes(analysis.temp_size_in_bytes)} of temporaries a device" if analysis else ""
     log.say(f"compiled in {format_duration(time.perf_counter() - began)}{temp}")

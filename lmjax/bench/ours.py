@@ -19,6 +19,7 @@ from typing import Any
 
 from lmjax.bench.cases import SHAPES, SHARED_WEIGHTS, WARMUP, Case, tokens
 from lmjax.bench.child import Session, serve
+from lmjax.process import release_freed_memory
 
 
 def make_case(shape: str, *, dtype: str, batch: int = 0, seq_len: int = 0, remat: str = "",
@@ -88,6 +89,7 @@ class Training:
         _, batch = next(self.batches)
         began = time.perf_counter()
         self.step = self.jitted.lower(self.state, batch).compile()
+        release_freed_memory()
         analysis = self.step.memory_analysis()
         return batch, time.perf_counter() - began, getattr(analysis, "temp_size_in_bytes", 0)
 
