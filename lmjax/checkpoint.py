@@ -59,6 +59,7 @@ def quiet_storage() -> None:
     error itself reaches `Checkpoints`, which tells it in one. For commands; a library user may want the noise.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # writes that nobody awaits once one has failed
     unraisable, excepthook = sys.unraisablehook, sys.excepthook
 
     def noise(error) -> bool:  # a write that ends after its event loop was closed because another one failed
