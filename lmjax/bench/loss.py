@@ -52,8 +52,8 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=256, help="of the hidden states (default %(default)s)")
     parser.add_argument("--vocab", type=_numbers, default=[8192, 32768, 131072], metavar="V,V",
                         help="default 8192,32768,131072")
-    parser.add_argument("--chunk-mib", type=_numbers, default=[16, 64, 256], metavar="N,N",
-                        help="float32 logits of a chunk, in MiB (default 16,64,256; training takes 64)")
+    parser.add_argument("--chunk-mib", type=_numbers, default=[16, 32, 64, 256], metavar="N,N",
+                        help="float32 logits of a chunk, in MiB (default 16,32,64,256; training takes 32)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="default %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
     parser.add_argument("--no-turns", action="store_true", help="one after another: where two do not fit into memory")
