@@ -15,6 +15,8 @@ USAGE = """usage: lmjax COMMAND …
 
   train CONFIG.py [--key=value …]   train, or continue, the run that a config describes
   eval RUN                          held-out loss, perplexity and bits per byte of a run
+  score MODEL --text T | --file F   surprisal, entropy and rank of every token, also as a page to read
+  analyze loops | positions         where a model loops; loss by position beyond the trained length
   generate MODEL --prompt TEXT      continue a text with a trained model
   export MODEL OUT                  write a model as a Hugging Face folder
   report RUN [RUN …]                one self-contained HTML page about runs
@@ -119,6 +121,11 @@ typical. The same model, prompts, settings and seed give the same text. Formulas
     group.add_argument("--dry-allowed-length", type=int, default=2, metavar="N",
                        help="repetitions shorter than this are free (default %(default)s)")
 
+    group.add_argument("--stop-loops", type=int, default=0, metavar="N",
+                       help="end a text whose end has gone round one cycle N times; 0 goes on (default %(default)s)")
+    group.add_argument("--loop-period", type=int, default=64, metavar="N",
+                       help="tokens of the longest cycle that --stop-loops looks for (default %(default)s)")
+
     group = parser.add_argument_group("other ways to decode")
     group.add_argument("--beams", type=int, default=0, metavar="N", help="beam search; needs --temperature 0")
     group.add_argument("--length-penalty", type=float, default=1.0, metavar="A",
@@ -168,6 +175,18 @@ chat template. `transformers` opens it, and so does every MODEL argument here. N
     return 0
 
 
+def run_score(args: list[str]) -> int:
+    from lmjax.analyze.commands import run_score
+
+    return run_score(args)
+
+
+def run_analyze(args: list[str]) -> int:
+    from lmjax.analyze.commands import run_analyze
+
+    return run_analyze(args)
+
+
 def run_report(args: list[str]) -> int:
     from lmjax.report import run_report
 
@@ -197,10 +216,12 @@ def _group(name: str, commands: dict[str, str]) -> Callable[[list[str]], int]:
     return run
 
 
-COMPUTES = ("train", "eval", "generate", "export")
+COMPUTES = ("train", "eval", "generate", "export", "score", "analyze")
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": run_train,
     "eval": run_eval,
+    "score": run_score,
+    "analyze": run_analyze,
     "generate": run_generate,
     "export": run_export,
     "report": run_report,
