@@ -102,11 +102,11 @@ def test_a_resume_that_loses_the_moments_would_be_seen(tmp_path, monkeypatch):
     run("wrong", stop=20)
     original = checkpoint_module.Checkpoints.restore
 
-    def forgetful(self, step, like):
+    def forgetful(self, step, like, **kwargs):
         import jax
         import jax.numpy as jnp
 
-        state = original(self, step, like)
+        state = original(self, step, like, **kwargs)
         state.opt_state = jax.tree.map(lambda x: jnp.zeros_like(x) if x.ndim else x, state.opt_state)
         return state
 
