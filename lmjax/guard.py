@@ -1,11 +1,11 @@
 """Bad numbers: which updates are skipped, decided on the device, with no wait of the host.
 
 An update is skipped where the loss or the gradient's norm is not finite, or, with sigmas > 0, where either is that many
-standard deviations above its mean over the last `window` good steps (OLMo-core, optim/skip_step_optimizer.py, has 6 over
-128). Only good steps enter the window: with NaNs in it nothing would be found any more, and with spikes in it a few would
-hide all that follow (four of them lift mean + 6 deviations over 128 steps above their own height). A loss that stays on a
-new level is therefore skipped until `in_row` ends the run or turns it back, which says so. What a skip does to the state
-is in `lmjax.step`; what many in a row lead to, in `lmjax.train`.
+standard deviations above its mean over the last `window` good steps (OLMo-core, optim/skip_step_optimizer.py, has 6
+over 128). Only good steps enter the window: with NaNs in it nothing would be found any more, and with spikes in it a
+few would hide all that follow (four of them lift mean + 6 deviations over 128 steps above their own height). A loss
+that stays on a new level is therefore skipped until `in_row` ends the run or turns it back, which says so. What a skip
+does to the state is in `lmjax.step`; what many in a row lead to, in `lmjax.train`.
 """
 
 import dataclasses

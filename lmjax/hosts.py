@@ -12,6 +12,8 @@ about meshes (`lmjax.axes`) or data (`lmjax.loader`). With one process, nothing 
 import json
 import os
 import socket
+import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -104,10 +106,9 @@ def is_main() -> bool:
 
 def gather_bytes(data: bytes) -> list[bytes]:
     """What every process gave, in order of processes. Every process must call it."""
-    import jax
-
-    if jax.process_count() == 1:
+    if not several():
         return [data]
+    import jax
     import numpy as np
     from jax.experimental import multihost_utils
 
@@ -132,7 +133,7 @@ def any_of(flag: bool) -> bool:
 
 def from_main(ask: Callable[[], str]) -> str:
     """What process 0 answers; the others do not ask. A UserError there is raised everywhere."""
-    if not _several():
+    if not several():
         return ask()
     answer, problem = "", None
     if is_main():
@@ -148,10 +149,22 @@ def from_main(ask: Callable[[], str]) -> str:
     return answer[1:]
 
 
-def _several() -> bool:
-    import jax
+def several() -> bool:
+    """Whether this process has joined others. Asks for no device, and imports nothing."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
-    return jax.process_count() > 1
+
+def leave(code: int) -> None:
+    """Ends a process of several that has failed, at once: an ordinary exit waits five minutes for the others, who wait
+    for this one. They see that it is gone. Does nothing with one process, or where all of them stopped together."""
+    if not several() or code in (130, 143):
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_main():
+        time.sleep(2)  # it holds the coordinator: others that fail for the same reason say so first
+    os._exit(code)
 
 
 def same_everywhere(value: Mapping) -> None:

@@ -16,6 +16,7 @@ from lmjax.axes import MeshConfig, make_mesh
 from lmjax.checkpoint import CheckpointConfig, Checkpoints, abstract, differences, manifest
 from lmjax.checkpoint.fingerprint import fingerprints, unequal_copies
 from lmjax.checkpoint.manifest import damage
+from lmjax.cli import main
 from lmjax.errors import CheckpointError, NonFiniteError
 from lmjax.state import shardings
 from lmjax.tree import named_leaves
@@ -305,3 +306,16 @@ def test_missing_folder_for_reading(tmp_path):
 def test_problems():
     assert len(CheckpointConfig(0, 0, -1).problems()) == 3
     assert "multiple" in CheckpointConfig(every=5, keep_every=7).problems()[0]
+
+
+def test_the_command_says_what_is_damaged(state, tmp_path, capsys):
+    save(tmp_path / "run" / "checkpoints", state, steps=(1, 2))
+    assert main(["checkpoint", "verify", str(tmp_path / "run")]) == 0
+    assert "step 2: verified" in capsys.readouterr().out
+    flip(max((tmp_path / "run" / "checkpoints" / "2").rglob("d/*"), key=lambda path: path.stat().st_size), 100)
+    assert main(["checkpoint", "list", str(tmp_path / "run")]) == 0, "sizes are right"
+    assert main(["checkpoint", "verify", str(tmp_path / "run")]) == 4
+    out = capsys.readouterr().out
+    assert "step 2: damaged: state/" in out and "step 1: verified" in out and "1 of 2 damaged" in out
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 4
+    assert "has no checkpoints" in capsys.readouterr().err

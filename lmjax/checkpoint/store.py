@@ -180,10 +180,7 @@ class Checkpoints:
             self._collect()
         tree = to_dict(state)
         marks = fingerprints(tree)
-        bad = [f"{name} ({count:,} elements)" for name, (_, count) in marks.items() if count]
-        if bad:
-            raise NonFiniteError(f"step {step} is not saved: not finite: {'; '.join(bad[:5])}"
-                                 + (f" and {len(bad) - 5} more" if len(bad) > 5 else ""))
+        _check_finite(step, marks)
         arrays = {name: [str(leaf.dtype), list(leaf.shape), marks[name][0]]
                   for name, leaf in named_leaves(tree).items()}
         self._saving = _Saving(self.folder, step, tree, arrays, {"step": step, **meta}, self.config)
@@ -310,9 +307,7 @@ class Checkpoints:
                     wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True))
         except Exception as error:  # Orbax raises many kinds for files that it cannot make sense of
             raise _Damaged(f"{where}: {_first_line(error)}") from error
-        for name, (mark, _) in fingerprints(restored).items():
-            if mark != saved[name][2]:
-                raise _Damaged(f"{where}: {name} has fingerprint {mark} and was saved with {saved[name][2]}")
+        _check_fingerprints(where, saved, restored)
         return from_dict(like, restored)
 
 
@@ -391,6 +386,20 @@ def _check_arrays(where: Path, saved: dict[str, list], wanted: dict[str, Any]) -
         if (dtype, shape) != (str(leaf.dtype), list(leaf.shape)):
             raise CheckpointError(f"{where}: {name} is {dtype}{shape} in the checkpoint and "
                                   f"{leaf.dtype}{list(leaf.shape)} in this run")
+
+
+def _check_fingerprints(where: Path, saved: dict[str, list], restored: dict) -> None:
+    """Holds restored arrays to what they were on the devices that saved them."""
+    for name, (mark, _) in fingerprints(restored).items():
+        if mark != saved[name][2]:
+            raise _Damaged(f"{where}: {name} has fingerprint {mark} and was saved with {saved[name][2]}")
+
+
+def _check_finite(step: int, marks: dict[str, tuple[str, int]]) -> None:
+    bad = [f"{name} ({count:,} elements)" for name, (_, count) in marks.items() if count]
+    if bad:
+        raise NonFiniteError(f"step {step} is not saved: not finite: {'; '.join(bad[:5])}"
+                             + (f" and {len(bad) - 5} more" if len(bad) > 5 else ""))
 
 
 def save_json(path: Path, value: Any) -> None:

@@ -19,7 +19,7 @@ from lmjax.checkpoint import Checkpoints, abstract, save_json, versions
 from lmjax.config import RunConfig, fit_vocabulary, from_json, to_json, validate
 from lmjax.data import Batches, Corpus, prepare_all, validation_batches
 from lmjax.decode.generate import check, generate
-from lmjax.errors import CheckpointError, NonFiniteError, Stopped
+from lmjax.errors import CheckpointError, HostsError, NonFiniteError, Stopped
 from lmjax.evals.perplexity import evaluate, make_eval_step
 from lmjax.interop.load import initial_params
 from lmjax.lease import open_folder
@@ -165,7 +165,8 @@ def train(config: RunConfig, profile: int = 0) -> Path:
                 why = cause(loss, model_def, state.params, one, config.seed, step, placed.params)
             raise NonFiniteError(f"step {meter.first_bad}: from here on {guard.in_row} updates in a row were skipped; "
                                  f"of step {step + 1}, {why}; lower optim.learning_rate, set optim.clip_norm or "
-                                 "guard.rewinds, and run the same command again")
+                                 "guard.rewinds (or raise guard.sigmas, if the loss is right), and run the same "
+                                 "command again")
 
         def batch_of(step: int, rows: slice) -> dict[str, np.ndarray]:
             return batches.batch(lineage.batch(step), rows)
@@ -219,6 +220,12 @@ def train(config: RunConfig, profile: int = 0) -> Path:
                             raise Stopped(f"{stop.name}: saved step {done} of {config.steps}; the same command "
                                           "continues", stop.name)
                 break
+            except jax.errors.JaxRuntimeError as error:
+                if not hosts.several():
+                    raise
+                raise HostsError(f"step {phases.step + 1}: a collective failed ({str(error).splitlines()[0][:160]}); "
+                                 "another process has died or left, see its log; start all of them again to continue"
+                                 ) from error
             except GoBack:
                 with phases("restore"):
                     state, first = go_back(checkpoints, lineage, config, like, meta, meter, log)

@@ -26,7 +26,7 @@ class Meter:
         self.tokens_per_step = config.batch_size * config.seq_len
         peak = flops.peak(devices[0].device_kind, config.compute.dtype)
         self.peak = peak and peak * len(devices) / plan.flops_per_token  # tokens/s at 100 % MFU
-        self.device, self.last = devices[0], first
+        self.device, self.last = jax.local_devices()[0], first
         self.in_row = self.first_bad = 0
         self.restart(first)
 
