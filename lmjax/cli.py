@@ -244,7 +244,7 @@ def main(args: list[str] | None = None) -> int:
     if is_process and args[0] in COMPUTES:
         keep_compiled_programs()
     code = _run(args)
-    if is_process and code:
+    if is_process and args[0] == "train":
         leave(code)
     return code
 

@@ -156,14 +156,21 @@ def several() -> bool:
 
 
 def leave(code: int) -> None:
-    """Ends a process of several that has failed, at once: an ordinary exit waits five minutes for the others, who wait
-    for this one. They see that it is gone. Does nothing with one process, or where all of them stopped together."""
-    if not several() or code in (130, 143):
-        return
+    """Ends this process, and waits for nobody that may never come.
+
+    An ordinary exit waits for the threads of a save that has failed, and, with several processes, five minutes for the
+    others, who wait for this one. Those that end together, done or stopped, say goodbye first; one that fails goes at
+    once, and the others see that it is gone.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    if is_main():
-        time.sleep(2)  # it holds the coordinator: others that fail for the same reason say so first
+    if several():
+        import jax
+
+        if code in (0, 130, 143):
+            jax.distributed.shutdown()
+        elif is_main():
+            time.sleep(2)  # it holds the coordinator: others that fail for the same reason say so first
     os._exit(code)
 
 

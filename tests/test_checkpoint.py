@@ -274,9 +274,10 @@ def test_a_save_is_left_out_while_an_earlier_one_is_slow(state, tmp_path, monkey
     with Checkpoints(tmp_path, CheckpointConfig(patience=0.01), warn=told.append) as checkpoints:
         checkpoints.save(1, state, META)
         checkpoints.save(2, state, META)
-        go.set()
+        threading.Timer(0.3, go.set).start()
+        checkpoints.save(3, state, META, last=True)
     assert len(told) == 1 and "step 2 is not saved: step 1 is still being written" in told[0]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3"], "the last one is waited for"
 
 
 def test_what_was_left_half_done_is_cleared_and_strange_names_are_let_be(state, tmp_path):

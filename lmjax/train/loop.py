@@ -213,7 +213,7 @@ def train(config: RunConfig, profile: int = 0) -> Path:
                                 if saves:
                                     with phases("save"):
                                         log.sync()
-                                        checkpoints.save(done, state, meta)
+                                        checkpoints.save(done, state, meta, last=bool(stops or done == config.steps))
                         if stops and done < config.steps:
                             with phases("save"):
                                 checkpoints.wait()
