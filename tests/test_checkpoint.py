@@ -218,7 +218,8 @@ def test_copies_that_differ_are_found():
     values[2][1] = 1e-30
     array = jax.make_array_from_single_device_arrays(
         (5,), whole, [jax.device_put(v, d) for v, d in zip(values, jax.devices(), strict=False)])
-    found = unequal_copies({"w": array, "right": jax.device_put(np.ones(3), whole)})
+    with jax.set_mesh(mesh):
+        found = unequal_copies({"w": array, "right": jax.device_put(np.ones(3), whole)})
     assert len(found) == 1 and found[0].startswith("w on") and "2" in found[0]
 
 

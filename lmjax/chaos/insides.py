@@ -92,14 +92,14 @@ def spike_that_stays(lab: Lab) -> Outcome:
 def wrong_copy(lab: Lab) -> Outcome:
     """A bit flips in one device's copy of a weight: found at the next check, and the device is named."""
     name = lab.name()
-    attempt = lab.start(name, "--guard.recheck=10", "--mesh.fsdp=1", "--mesh.data=2", fault="flipped-weight@50")
+    attempt = lab.start(name, "--guard.recheck=10", "--mesh.data=2", fault="flipped-weight@50")
     codes = attempt.wait()
     text = attempt.output()
     expect(codes == [7], f"exit code {codes}, 7 expected:\n{text[-1200:]}")
     expect("copies of an array differ between devices: params/final_norm/scale_D on" in text, "the array was not named")
     at = time.monotonic()
-    lab.finish(name, "--guard.recheck=10", "--mesh.fsdp=1", "--mesh.data=2")
-    lab.same(name, "--mesh.fsdp=1", "--mesh.data=2")
+    lab.finish(name, "--guard.recheck=10", "--mesh.data=2")
+    lab.same(name, "--mesh.data=2")
     return Outcome(0, time.monotonic() - at)
 
 

@@ -134,7 +134,7 @@ class Lab:
                           "LMJAX_PROCESS": str(i)} if processes > 1 and "LMJAX_COORDINATOR" not in env else {})
             logs.append(self.folder / f"{name}-{i}.log")
             command = [sys.executable, "-m", "lmjax.chaos.child", fault, self.without, "train", str(self.config),
-                       f"--name={name}", "--mesh.fsdp=2",
+                       f"--name={name}", *([] if "--mesh." in " ".join(overrides) else ["--mesh.fsdp=2"]),
                        *([f"--steps={STEPS_OF_SEVERAL}"] if processes > 1 else []), *overrides, *each(i)]
             with logs[-1].open("w") as log:
                 started.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT,

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from lmjax.tree import named_leaves
 
@@ -66,12 +67,13 @@ def unequal_copies(tree: Any) -> list[str]:
         for shard in leaf.addressable_shards:
             copies.setdefault(str(shard.index), []).append(shard)
         for shards in copies.values():
-            values = [tuple(np.asarray(_all([s.data]))[0]) for s in shards] if len(shards) > 1 else []
-            odd = [str(s.device) for s, v in zip(shards, values, strict=False) if v != _most_common(values)]
+            values = [_on_its_device(s) for s in shards] if len(shards) > 1 else []
+            odd = [str(s.device) for s, v in zip(shards, values, strict=False) if v != max(values, key=values.count)]
             if odd:
                 found.append(f"{name} on {', '.join(odd)}")
     return found
 
 
-def _most_common(values: list) -> Any:
-    return max(values, key=values.count)
+def _on_its_device(shard: jax.Shard) -> tuple:
+    with jax.set_mesh(Mesh(np.array([shard.device]), ("one",))):  # whatever mesh the caller is in
+        return tuple(np.asarray(_all([shard.data]))[0])
