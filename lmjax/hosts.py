@@ -78,7 +78,7 @@ def start(seconds: float) -> None:
             _check_free(host, int(port))
     try:
         jax.distributed.initialize(initialization_timeout=int(seconds), heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                                   **arguments)
+                                   shutdown_timeout_seconds=60, **arguments)
     except Exception as error:  # jaxlib raises several kinds
         where = f"process {given[2]} of {given[1]}, coordinator {given[0]}" if given else kind
         text = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

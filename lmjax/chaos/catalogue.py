@@ -11,7 +11,7 @@ from lmjax.chaos.lab import Lab, Outcome
 class Fault:
     """promise: a number of the issue's list in docs/reliability.md. tries: in a full round. protection: taken out of
     the run by `lmjax.chaos.child`, the fault must do harm; "" where no single one can be taken out. few: one try of it
-    belongs to the quick round."""
+    belongs to the quick round. each: faults that a try injects."""
 
     run: Callable[[Lab], Outcome]
     what: str
@@ -19,6 +19,7 @@ class Fault:
     tries: int = 1
     protection: str = ""
     few: bool = False
+    each: int = 1
 
     @property
     def name(self) -> str:
@@ -30,7 +31,7 @@ RESUMES = "the same command ends the run with the same bits and record"
 FAULTS = (
     Fault(K.kill_single, "kill -9 at a random moment", RESUMES, 60, "rewind", True),
     Fault(K.kill_while_saving, "kill -9 while a checkpoint is written", RESUMES, 20, "", True),
-    Fault(K.kill_five_times, "kill -9 five times in one run", RESUMES, 2),
+    Fault(K.kill_five_times, "kill -9 five times in one run", RESUMES, 2, each=5),
     Fault(K.kill_rank_of_two, "kill -9 of the second of 2 processes",
           "the other ends by itself; " + RESUMES, 8, "", True),
     Fault(K.kill_leader_of_two, "kill -9 of the first of 2 processes", "the other ends by itself; " + RESUMES, 8),
@@ -50,7 +51,7 @@ FAULTS = (
     Fault(D.deleted, "one of its files deleted", "named, set aside; " + RESUMES, 3),
     Fault(D.emptied, "its folder emptied", "named, set aside; " + RESUMES, 1),
     Fault(D.power_cut, "its files full of zeros (power cut)", "named, set aside; " + RESUMES, 1),
-    Fault(D.flips_by_the_hundred, "100 flips, truncations, deletions", "every one is found", 3),
+    Fault(D.flips_by_the_hundred, "100 flips, truncations, deletions", "every one is found", 3, each=100),
     Fault(D.strays, "folders that are no checkpoints", "passed over", 1),
     Fault(D.full_disk, "disk full for a while", "training goes on, and saves again when there is room", 2, "patience"),
     Fault(D.sync_error, "fsync gives EIO once", "training goes on; that save is told", 3),

@@ -189,13 +189,13 @@ def other_devices(lab: Lab) -> Outcome:
     name = lab.name()
     _, history = lab.reference()
     ways = [({"devices": 2}, ()), ({"devices": 4}, ("--mesh.fsdp=4",)), ({"devices": 1}, ("--mesh.fsdp=1",))]
-    for goal, (options, overrides) in zip((40, 100, 160), ways, strict=True):
+    for goal, (options, overrides) in zip((40, 100, 190), ways, strict=True):
         attempt = lab.start(name, *overrides, **options)
         lab.reach(attempt, goal)
         kill(attempt)
         attempt.wait()
     at = time.monotonic()
-    lab.finish(name, **TWO)
+    lab.finish(name, f"--steps={STEPS}", **TWO)
     record = lab.end_of(name)[1]
     right, found = (np.array([json.loads(line)[1] for line in lines]) for lines in (history, record))
     worst = float(np.max(np.abs(right - found)))

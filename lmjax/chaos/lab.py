@@ -128,14 +128,15 @@ class Lab:
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"}
         env |= environment or {}
         port = free_port()
-        started, logs = [], []
+        started, logs, given = [], [], " ".join(overrides)
+        standard = [] if "--mesh." in given else ["--mesh.fsdp=2"]
+        standard += [f"--steps={STEPS_OF_SEVERAL}"] if processes > 1 and "--steps=" not in given else []
         for i in range(processes):
             own = env | ({"LMJAX_COORDINATOR": f"127.0.0.1:{port}", "LMJAX_PROCESSES": str(processes),
                           "LMJAX_PROCESS": str(i)} if processes > 1 and "LMJAX_COORDINATOR" not in env else {})
             logs.append(self.folder / f"{name}-{i}.log")
             command = [sys.executable, "-m", "lmjax.chaos.child", fault, self.without, "train", str(self.config),
-                       f"--name={name}", *([] if "--mesh." in " ".join(overrides) else ["--mesh.fsdp=2"]),
-                       *([f"--steps={STEPS_OF_SEVERAL}"] if processes > 1 else []), *overrides, *each(i)]
+                       f"--name={name}", *standard, *overrides, *each(i)]
             with logs[-1].open("w") as log:
                 started.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT,
                                                 stdin=subprocess.DEVNULL, cwd=self.folder))

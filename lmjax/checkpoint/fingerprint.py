@@ -39,9 +39,17 @@ def _one(x: jax.Array) -> jax.Array:
     for axis in range(bits.ndim):
         stride = math.prod(bits.shape[axis + 1:]) % 2**32
         index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * np.uint32(stride)
-    sums = [jnp.sum(bits * (index * np.uint32(factor) | np.uint32(1)), dtype=jnp.uint32) for factor in FACTORS]
-    bad = jnp.sum(~jnp.isfinite(x), dtype=jnp.uint32) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.uint32(0)
-    return jnp.stack([*sums, bad])
+    parts = [bits * (index * np.uint32(factor) | np.uint32(1)) for factor in FACTORS]
+    finite = jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.ones(x.shape, bool)
+    bad = (~finite).astype(jnp.uint32)
+    if bits.ndim == x.ndim > 0:
+        # All three in one pass over rows, and rows side by side: 12 to 22 GB/s on two CPU cores, where three sums over
+        # everything, which XLA neither fuses nor splits, ran at 0.7.
+        zero = np.uint32(0)
+        *parts, bad = jax.lax.optimization_barrier(jax.lax.reduce(
+            (*parts, bad), (zero,) * 3, lambda a, b: tuple(jnp.add(p, q) for p, q in zip(a, b, strict=True)),
+            (bits.ndim - 1,)))
+    return jnp.stack([jnp.sum(part, dtype=jnp.uint32) for part in (*parts, bad)])
 
 
 @functools.partial(jax.jit)
