@@ -155,6 +155,14 @@ def several() -> bool:
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
+def peer_lost(error: Exception) -> bool:
+    """Whether an error is how this process learns that another one is gone."""
+    import jax
+
+    return several() and not isinstance(error, UserError) and (
+        isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error))
+
+
 def leave(code: int) -> None:
     """Ends this process, and waits for nobody that may never come.
 

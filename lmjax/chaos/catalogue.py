@@ -80,7 +80,7 @@ FAULTS = (
           "phase named, exit 6 in limit + 5 s; " + RESUMES, 2, "watchdog"),
     Fault(N.hang_of_one, "one of 2 processes hangs", "both end; " + RESUMES, 1),
     Fault(N.lost_data, "a read of data fails", "exit 3; " + RESUMES, 2),
-    Fault(N.broken_loader, "a bug in the loader of 2 processes", "both end, not with 0; " + RESUMES, 1, "leave"),
+    Fault(N.broken_loader, "a bug in the loader of one of 2 processes", "both end, not with 0; " + RESUMES, 1, "leave"),
     Fault(N.other_devices, "continued on 4 devices, 1, and 2 processes",
           "losses within 2e-3 of the undisturbed run", 1),
     Fault(N.other_config, "2 processes with different configs", "both exit 8 and name the field", 1),

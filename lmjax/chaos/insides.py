@@ -156,7 +156,7 @@ def stuck_data(lab: Lab) -> Outcome:
 def hang_of_one(lab: Lab) -> Outcome:
     """One process of two hangs in Python: both end, in time."""
     name = lab.name()
-    attempt = lab.start(name, "--limits.step=3", **TWO, fault=f"hang@{lab.rng.randint(20, 60)}")
+    attempt = lab.start(name, "--limits.step=3", **TWO, fault=f"hang@{lab.rng.randint(20, 60)}", faulty=1)
     codes = attempt.wait(60)
     expect(all(code != 0 for code in codes) and 6 in codes, f"exit codes {codes}")
     return lab.recover(name, time.monotonic(), lab.step(name), **TWO)
@@ -172,9 +172,9 @@ def lost_data(lab: Lab) -> Outcome:
 
 
 def broken_loader(lab: Lab) -> Outcome:
-    """An exception in the loader's thread ends the run, and not with 0; of two processes both end."""
+    """An exception in the loader's thread of one process ends both, and not with 0."""
     name = lab.name()
-    attempt = lab.start(name, **TWO, fault=f"broken-loader@{lab.rng.randint(20, 60)}")
+    attempt = lab.start(name, **TWO, fault=f"broken-loader@{lab.rng.randint(20, 60)}", faulty=1)
     codes = attempt.wait(60)
     expect(all(code != 0 for code in codes), f"exit codes {codes}")
     expect("the loader has a bug" in attempt.output(), "the bug was not told")

@@ -154,11 +154,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        try:
+        if error is None:
             self.wait()
-        except CheckpointError:
-            if error is None:
-                raise
+        elif self._saving is not None and not hosts.several():
+            self._saving.join()  # with several processes, one that fails must not wait for the others, nor talk to them
 
     # ---- saving ----------------------------------------------------------------------------------------
 

@@ -220,16 +220,16 @@ def train(config: RunConfig, profile: int = 0) -> Path:
                             raise Stopped(f"{stop.name}: saved step {done} of {config.steps}; the same command "
                                           "continues", stop.name)
                 break
-            except jax.errors.JaxRuntimeError as error:
-                if not hosts.several():
-                    raise
-                raise HostsError(f"step {phases.step + 1}: a collective failed ({str(error).splitlines()[0][:160]}); "
-                                 "another process has died or left, see its log; start all of them again to continue"
-                                 ) from error
             except GoBack:
                 with phases("restore"):
                     state, first = go_back(checkpoints, lineage, config, like, meta, meter, log)
                 phases.step = first
+            except Exception as error:
+                if not hosts.peer_lost(error):
+                    raise
+                raise HostsError(f"step {phases.step + 1}: a collective failed ({str(error).splitlines()[0][:160]}); "
+                                 "another process has died or left, see its log; start all of them again to continue"
+                                 ) from error
         with phases("save"):
             checkpoints.wait()
 
