@@ -29,7 +29,7 @@ class Fault:
 K, D, N = kills, disks, insides
 RESUMES = "the same command ends the run with the same bits and record"
 FAULTS = (
-    Fault(K.kill_single, "kill -9 at a random moment", RESUMES, 60, "rewind", True),
+    Fault(K.kill_single, "kill -9 at a random moment", RESUMES, 60, "rewind"),
     Fault(K.kill_while_saving, "kill -9 while a checkpoint is written", RESUMES, 20, "", True),
     Fault(K.kill_five_times, "kill -9 five times in one run", RESUMES, 2, each=5),
     Fault(K.kill_rank_of_two, "kill -9 of the second of 2 processes",
@@ -37,7 +37,7 @@ FAULTS = (
     Fault(K.kill_leader_of_two, "kill -9 of the first of 2 processes", "the other ends by itself; " + RESUMES, 8),
     Fault(K.kill_rank_of_four, "kill -9 of one of 4 processes", "the others end by themselves; " + RESUMES, 4),
     Fault(K.kill_all_of_four, "kill -9 of 4 processes at once", RESUMES, 2),
-    Fault(K.terminate, "SIGTERM", "saves that step, exit 143, no step repeated", 6, "signals", True),
+    Fault(K.terminate, "SIGTERM", "saves that step, exit 143, no step repeated", 6, "signals"),
     Fault(K.interrupt, "Ctrl-C", "saves that step, exit 130, no step repeated", 3),
     Fault(K.terminate_one_of_two, "SIGTERM to one of 2 processes", "all save the same step, exit 143", 4),
     Fault(K.terminate_twice, "a second SIGTERM during the last save", "ends at once; " + RESUMES, 4),
