@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import QUICK, TINY, random_model
 
+from lmjax.axes import MeshConfig, make_mesh
 from lmjax.models import Decoder, DecoderConfig, RopeScaling
+from lmjax.models.cached import layers_apart
 from lmjax.nn.attention import reference_attention
 from lmjax.nn.cache import CacheConfig, empty_stack, positions_of, quantize, slots_of, visible
 
@@ -39,12 +42,12 @@ def setup(family: str):
 
 
 @functools.partial(jax.jit, static_argnames=("empty",), compiler_options=QUICK)
-def extend(model, ids, counts, cache, empty=False):
-    hidden, cache = model.extend(ids, counts, cache, empty)
+def extend(model, ids, counts, cache, empty=False, layers=None):
+    hidden, cache = model.extend(ids, counts, cache, empty, layers)
     return model.logits(hidden), cache
 
 
-def cached_logits(model, ids, config=None, chunk=1, steps=(1,) * 11):
+def cached_logits(model, ids, config=None, chunk=1, steps=(1,) * 11, layers=None):
     """[two rows][their logits]: prompts of unequal length padded to 16, then steps of so many tokens."""
     cache = model.new_cache(2, 40, config, chunk)
     counts = jnp.asarray(LENGTHS)
@@ -56,7 +59,7 @@ def cached_logits(model, ids, config=None, chunk=1, steps=(1,) * 11):
         if size < 1:
             break
         part = np.stack([np.asarray(ids)[row, at[row]:at[row] + size] for row in range(2)])
-        logits, cache = extend(model, jnp.asarray(part), jnp.full(2, size), cache)
+        logits, cache = extend(model, jnp.asarray(part), jnp.full(2, size), cache, layers=layers)
         for row in range(2):
             outs[row].append(np.asarray(logits[row]))
         at += size
@@ -73,6 +76,54 @@ def test_cached_logits_equal_the_full_pass(family):
     ours, _ = cached_logits(model, ids)
     assert worst(ours, full) < 1e-5
     assert worst(ours, full[::-1]) > 1e-2, "a row of other tokens must be far away"
+
+
+def stacked(model):
+    return nnx.to_pure_dict(nnx.split(model.blocks)[1])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])  # the last two: layers beyond the last whole period
+def test_layers_apart_equal_the_full_pass(family):
+    model, ids, full = setup(family)
+    layers = layers_apart(stacked(model))
+    assert len(layers) == model.config.num_layers
+    assert worst(cached_logits(model, ids, layers=layers)[0], full) < 1e-5
+    assert worst(cached_logits(model, ids, layers=layers[::-1])[0], full) > 1e-2, "layers in another order"
+
+
+def test_layers_apart_lie_in_the_memory_of_the_stack():
+    blocks = stacked(setup("llama")[0])
+    layers = layers_apart(blocks)
+    for room, name in (("attention", "q_DNH"), ("mlp", "down_FD"), ("mlp_norm", "scale_D")):
+        whole, one = blocks[room][name], layers[1][room][name]
+        np.testing.assert_array_equal(one, whole[1])
+        assert one.unsafe_buffer_pointer() == whole.unsafe_buffer_pointer() + whole.nbytes // 2
+        assert whole[1].unsafe_buffer_pointer() != one.unsafe_buffer_pointer(), "a slice is a copy"
+    odd = {"w": jnp.arange(12.0).reshape(3, 4)}  # layers of 16 bytes
+    np.testing.assert_array_equal([layer["w"] for layer in layers_apart(odd)], odd["w"])
+
+
+def test_layers_apart_leave_the_weights_free():
+    """A train step may donate the weights after a generation, and its results are not seen by views of the old ones."""
+    add = jax.jit(lambda w: w + 1, donate_argnums=0)
+    w = jnp.zeros((2, 64, 16)) + 0
+    held, at = layers_apart({"w": w}), w.unsafe_buffer_pointer()
+    new = add(w)
+    assert new.unsafe_buffer_pointer() != at and not np.any(held[1]["w"])
+    w, at = new, new.unsafe_buffer_pointer()
+    del held, new
+    layers_apart({"w": w})
+    assert add(w).unsafe_buffer_pointer() == at, "the views are gone, and donation is in place again"
+
+
+def test_layers_stay_together_on_a_mesh_and_while_tracing():
+    w = jnp.zeros((2, 8, 64))
+    assert layers_apart({"w": w}) is not None
+    mesh = make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])
+    assert layers_apart({"w": jax.device_put(w, jax.NamedSharding(mesh, jax.P(None, "fsdp")))}) is None
+    seen = []
+    jax.jit(lambda w: seen.append(layers_apart({"w": w}))).lower(w)
+    assert seen == [None]
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])

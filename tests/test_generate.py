@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -156,21 +157,39 @@ def test_cache_kinds(cache):
     assert any(not np.array_equal(a, b) for a, b in zip(free, small, strict=True)) or not cache.window
 
 
-def test_the_loop_copies_no_cache():
-    """The compiled step writes its one slot in place: no copy of a stack of keys and values, inside or out."""
+@functools.cache
+def compiled_step(apart: bool) -> tuple[str, tuple[int, ...]]:
+    """(the program of the loop over new tokens of three rows, the shape of a stack of keys)"""
     graphdef, params = model()[1:]
     program = module.Program(graphdef, module.active([SampleConfig(temperature=0.0)]), CacheConfig(), 64, 48, -1)
     fixed = (module.settings_of([SampleConfig(temperature=0.0)] * 3), np.full(16, -1, np.int32), None)
     tokens, lengths = module.padded([np.asarray(p) for p in PROMPTS])
     keys = module.row_keys(jax.random.key(0), range(3))
-    state = jax.eval_shape(functools.partial(module._prefill, program=program), params, None, tokens, lengths, keys,
+    prepared = module.cast_once(graphdef, params)[1] if apart else module.Prepared()
+    state = jax.eval_shape(functools.partial(module._prefill, program=program), params, prepared, tokens, lengths, keys,
                            *fixed)
-    text = module._advance.lower(params, None, state, np.zeros(3, bool), np.int32(9), *fixed,
+    text = module._advance.lower(params, prepared, state, np.zeros(3, bool), np.int32(9), *fixed,
                                  program=program).compile().as_text()
-    stack = ",".join(map(str, state.cache.stacks[0].k_LBKSH.shape))
+    return text, state.cache.stacks[0].k_LBKSH.shape
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_loop_copies_no_cache(apart):
+    """The compiled step writes its one slot in place: no copy of a stack of keys and values, inside or out."""
+    text, shape = compiled_step(apart)
+    stack = ",".join(map(str, shape))
     lines = [line for line in text.splitlines() if f"f32[{stack}]" in line]
     assert any("scatter" in line or "dynamic-update-slice" in line for line in lines), "the shape was not found"
     assert not [line for line in lines if " copy(" in line]
+
+
+def test_the_loop_copies_no_weights():
+    """Neither a stack of matrices nor a slice of one is in the program; with stacked layers both are."""
+    D, F = TINY.d_model, TINY.filled().d_ff
+    stacked, apart = (re.findall(rf" = f32\[(?:\d+,)?{D},{F}\]\S* (\S+)\(", compiled_step(apart)[0])
+                      for apart in (False, True))
+    assert any("slice" in kind or "fusion" in kind for kind in stacked)
+    assert apart and set(apart) <= {"parameter", "get-tuple-element", "bitcast"}
 
 
 @functools.cache
@@ -188,7 +207,7 @@ def test_every_mesh_gives_the_same_tokens(sizes):
         out = generate(*args, **options)
         program = module.Program(graphdef, module.active(MIXED), CacheConfig(), 64, 48, -1)
         tokens, lengths = module.padded(args[2])
-        state = module._prefill(args[1], None, tokens, lengths, module.row_keys(options["key"], range(4)),
+        state = module._prefill(args[1], module.Prepared(), tokens, lengths, module.row_keys(options["key"], range(4)),
                                 module.settings_of([*MIXED, MIXED[1]]), np.array([-1] * 16, np.int32), None,
                                 program=program)
     for a, b in zip(out, one_device(), strict=True):
@@ -197,10 +216,22 @@ def test_every_mesh_gives_the_same_tokens(sizes):
     assert stack.sharding.shard_shape(stack.shape) == (2, 1, 1, stack.shape[3], 8)
 
 
+def test_a_mesh_of_one_device_gives_the_same_tokens():
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    args, options = arguments(PROMPTS + [[8, 8]], configs=[*MIXED, MIXED[1]], eos_id=-1)
+    with jax.set_mesh(mesh):
+        args[1] = jax.device_put(args[1], shardings(args[1], mesh))
+        assert module.cast_once(*args[:2])[1].layers is not None
+        out = generate(*args, **options)
+    for a, b in zip(out, one_device(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_bfloat16_casts_once_and_is_near():
     half = nnx.split(random_model(dataclasses.replace(TINY, tied=False), seed=3, spread=0.5, dtype="bfloat16"))
-    params, head = module.cast_once(half[0], nnx.to_pure_dict(half[1]))
-    assert params["blocks"]["attention"]["q_DNH"].dtype == head.dtype == jnp.bfloat16
+    params, prepared = module.cast_once(half[0], nnx.to_pure_dict(half[1]))
+    assert params["blocks"]["attention"]["q_DNH"].dtype == prepared.head_VD.dtype == jnp.bfloat16
+    assert prepared.layers[1]["attention"]["q_DNH"].dtype == jnp.bfloat16
     assert params["embed_VD"].dtype == params["final_norm"]["scale_D"].dtype == jnp.float32
     args, options = arguments(PROMPTS[:1], max_new_tokens=4, temperature=0.0)
     full = complete(*args, **options, logprobs=0)[0]

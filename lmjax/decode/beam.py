@@ -17,7 +17,7 @@ from flax import nnx
 
 from lmjax.decode.generate import SampleConfig, bucket, cast_once, check, padded
 from lmjax.errors import ConfigError, NonFiniteError
-from lmjax.models.cached import last_hidden, next_logits
+from lmjax.models.cached import Prepared, last_hidden, next_logits
 from lmjax.nn.cache import Cache, CacheConfig
 
 
@@ -66,21 +66,21 @@ def beam_search(graphdef: nnx.GraphDef, params, prompts: Sequence[np.ndarray], *
     check(model.config, prompts, [config] * len(prompts), vocab_size, cache)
     tokens, lengths = padded(prompts)
     stops = np.array([eos_id, *stop_ids], np.int32)
-    params, head = cast_once(graphdef, params)
-    state = _search(params, head, tokens, lengths, stops, np.float32(length_penalty), graphdef=graphdef, beams=beams,
-                    room=bucket(max_new_tokens), max_new=np.int32(max_new_tokens), vocab_size=vocab_size, config=cache)
+    params, prepared = cast_once(graphdef, params)
+    state = _search(params, prepared, tokens, lengths, stops, np.float32(length_penalty), graphdef=graphdef,
+                    beams=beams, room=bucket(max_new_tokens), max_new=np.int32(max_new_tokens), vocab_size=vocab_size,
+                    config=cache)
     return _read(state, stops, length_penalty)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "beams", "room", "vocab_size", "config"))
-def _search(params, head_VD, tokens_BT, lengths_B, stops, alpha, *, graphdef, beams: int, room: int, max_new,
-            vocab_size: int, config: CacheConfig) -> _State:
+def _search(params, prepared: Prepared, tokens_BT, lengths_B, stops, alpha, *, graphdef, beams: int, room: int,
+            max_new, vocab_size: int, config: CacheConfig) -> _State:
     model = nnx.merge(graphdef, params)
-    head_VD = model.head_VD if head_VD is None else head_VD
     (B, T), K = tokens_BT.shape, beams
 
     def logits_of(x_ND):
-        logits_NV = next_logits(model, x_ND, head_VD)
+        logits_NV = next_logits(model, x_ND, prepared.head_VD)
         return jnp.where(jnp.arange(logits_NV.shape[1]) < vocab_size, logits_NV, -jnp.inf)
 
     hidden, cache = model.extend(tokens_BT, lengths_B, model.new_cache(B, bucket(T + room), config), empty=True)
@@ -94,7 +94,8 @@ def _search(params, head_VD, tokens_BT, lengths_B, stops, alpha, *, graphdef, be
     def body(s: _State) -> _State:
         s, parents_BK, token_BK = _grow(s, stops, alpha, max_new)
         rows = (jnp.arange(B)[:, None] * K + parents_BK).reshape(-1)
-        x_N1D, cache = model.extend(token_BK.reshape(-1, 1), jnp.ones(B * K, jnp.int32), _rows(s.cache, rows))
+        x_N1D, cache = model.extend(token_BK.reshape(-1, 1), jnp.ones(B * K, jnp.int32), _rows(s.cache, rows),
+                                     layers=prepared.layers)
         return dataclasses.replace(s, cache=cache, logits_BKV=logits_of(x_N1D[:, 0]).reshape(B, K, -1))
 
     def more(s: _State):

@@ -35,7 +35,7 @@ from lmjax.decode.processors import (
 )
 from lmjax.errors import ConfigError, DataError, NonFiniteError
 from lmjax.models import DecoderConfig
-from lmjax.models.cached import last_hidden, matmul_weights, next_logits
+from lmjax.models.cached import Prepared, last_hidden, layers_apart, matmul_weights, next_logits
 from lmjax.nn.cache import Cache, CacheConfig
 
 CHUNK = 16  # steps between two looks of the host, where it has to look: streaming and stop strings
@@ -111,7 +111,7 @@ def row_keys(key: jax.Array, rows: Sequence[int]) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="program")
-def _prefill(params, head_VD, tokens_BT, lengths_B, keys_B, settings, stop_ids, breakers_V, *,
+def _prefill(params, prepared: Prepared, tokens_BT, lengths_B, keys_B, settings, stop_ids, breakers_V, *,
              program: Program) -> State:
     """The state after the first new token of each row."""
     model = nnx.merge(program.graphdef, params)
@@ -128,11 +128,11 @@ def _prefill(params, head_VD, tokens_BT, lengths_B, keys_B, settings, stop_ids, 
     state = State(jnp.zeros((), jnp.int32), tokens_BS, lengths_B, lengths_B, off, off, keys_B, cache, history, loops,
                   jnp.zeros((B, N)), jnp.zeros(top, jnp.int32), jnp.zeros(top))
     x_BD = last_hidden(hidden, lengths_B)
-    return _choose_next(model, head_VD, x_BD, state, settings, stop_ids, breakers_V, program)
+    return _choose_next(model, prepared.head_VD, x_BD, state, settings, stop_ids, breakers_V, program)
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
-def _advance(params, head_VD, state: State, stopped_B, until, settings, stop_ids, breakers_V, *,
+def _advance(params, prepared: Prepared, state: State, stopped_B, until, settings, stop_ids, breakers_V, *,
              program: Program) -> State:
     """Steps until there are `until` new tokens or every row is done. stopped_B: rows that the host has ended."""
     model = nnx.merge(program.graphdef, params)
@@ -140,9 +140,9 @@ def _advance(params, head_VD, state: State, stopped_B, until, settings, stop_ids
     def body(state: State) -> State:
         at_B1 = jnp.maximum(state.lengths_B - 1, 0)[:, None]
         last_B1 = jnp.take_along_axis(state.tokens_BS, at_B1, axis=1)
-        x_B1D, cache = model.extend(last_B1, (~state.done_B).astype(jnp.int32), state.cache)
+        x_B1D, cache = model.extend(last_B1, (~state.done_B).astype(jnp.int32), state.cache, layers=prepared.layers)
         state = dataclasses.replace(state, cache=cache)
-        return _choose_next(model, head_VD, x_B1D[:, 0], state, settings, stop_ids, breakers_V, program)
+        return _choose_next(model, prepared.head_VD, x_B1D[:, 0], state, settings, stop_ids, breakers_V, program)
 
     state = dataclasses.replace(state, done_B=state.done_B | stopped_B)
     return jax.lax.while_loop(lambda s: (s.step < until) & ~jnp.all(s.done_B), body, state)
@@ -150,7 +150,7 @@ def _advance(params, head_VD, state: State, stopped_B, until, settings, stop_ids
 
 def _choose_next(model, head_VD, x_BD, state: State, settings, stop_ids, breakers_V, program: Program) -> State:
     """Chooses and appends one token to every row that is not done."""
-    logits_BV = next_logits(model, x_BD, model.head_VD if head_VD is None else head_VD)
+    logits_BV = next_logits(model, x_BD, head_VD)
     # Rows of the output matrix beyond the tokenizer's size stand for nothing.
     if program.vocab_size < logits_BV.shape[1]:
         logits_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < program.vocab_size, logits_BV, -jnp.inf)
@@ -191,11 +191,13 @@ def _pinned(state: State) -> State:
     return dataclasses.replace(state, **{name: constrain(getattr(state, name), to) for name, to in letters.items()})
 
 
-def cast_once(graphdef: nnx.GraphDef, params) -> tuple[dict, jax.Array | None]:
-    """(params, head_VD): weights of matrix products in the compute dtype, so that no step casts them again. None:
-    the model's own head serves."""
-    dtype = nnx.merge(graphdef, params).compute.dtype
-    return (params, None) if dtype == "float32" else _cast(params, graphdef=graphdef)
+def cast_once(graphdef: nnx.GraphDef, params) -> tuple[dict, Prepared]:
+    """(params, prepared): weights of matrix products in the compute dtype, so that no step casts them again, and what
+    else the steps would make of them."""
+    dtype, head_VD = nnx.merge(graphdef, params).compute.dtype, None
+    if dtype != "float32":
+        params, head_VD = _cast(params, graphdef=graphdef)
+    return params, Prepared(layers_apart(params["blocks"]), head_VD)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -270,14 +272,14 @@ def _pieces(graphdef, params, prompts, config, key, vocab_size, eos_id, stop_ids
     if program.active.dry:
         breakers = np.zeros(model.config.vocab_size, bool)
         breakers[list(dry_breakers)] = True
-    params, head = cast_once(graphdef, params)
+    params, prepared = cast_once(graphdef, params)
     fixed = (settings_of(configs), stops, breakers)
-    state = _prefill(params, head, tokens, lengths, row_keys(key, range(len(prompts)) if rows is None else rows),
+    state = _prefill(params, prepared, tokens, lengths, row_keys(key, range(len(prompts)) if rows is None else rows),
                      *fixed, program=program)
     stopped, until = np.zeros(len(prompts), bool), first
     while True:
         if until > 1:
-            state = _advance(params, head, state, stopped, np.int32(min(until, most)), *fixed, program=program)
+            state = _advance(params, prepared, state, stopped, np.int32(min(until, most)), *fixed, program=program)
         so_far = _read(state, stops, stop_strings, text_of, logprobs)
         yield so_far
         stopped = np.array([done.finish != "" for done in so_far])

@@ -96,12 +96,15 @@ def speculate(graphdef: nnx.GraphDef, params, draft_graphdef: nnx.GraphDef, draf
 def _run(weights, draft_weights, tokens_BT, lengths_B, keys_B, settings, stops, *, graphs, active: Active,
          cache: CacheConfig, vocab_size: int, proposals: int, slots: int) -> _State:
     models = [nnx.merge(graph, w[0]) for graph, w in zip(graphs, (weights, draft_weights), strict=True)]
-    heads = [m.head_VD if w[1] is None else w[1] for m, w in zip(models, (weights, draft_weights), strict=True)]
+    prepared = weights[1], draft_weights[1]
     (B, T), G = tokens_BT.shape, proposals
     rows_B = jnp.arange(B)
 
+    def extend(i, tokens_BT, counts_B, cache):
+        return models[i].extend(tokens_BT, counts_B, cache, layers=prepared[i].layers)
+
     def logits_of(i, x_ND):
-        return next_logits(models[i], x_ND, heads[i])[:, :vocab_size]
+        return next_logits(models[i], x_ND, prepared[i].head_VD)[:, :vocab_size]
 
     def probs_of(logits_BV):
         """float32 [B, V]: what a row of these logits is sampled from."""
@@ -137,7 +140,7 @@ def _run(weights, draft_weights, tokens_BT, lengths_B, keys_B, settings, stops, 
 
         def propose(i, carry):
             token_B, draft, tokens_BC, q_GBV = carry
-            x_B1D, draft = models[1].extend(token_B[:, None], live_B, draft)
+            x_B1D, draft = extend(1, token_B[:, None], live_B, draft)
             q_BV = probs_of(logits_of(1, x_B1D[:, 0]))
             token_B = draw(q_BV, key_of(s.round, i))
             return (token_B, draft, jax.lax.dynamic_update_slice(tokens_BC, token_B[:, None], (0, i + 1)),
@@ -146,9 +149,9 @@ def _run(weights, draft_weights, tokens_BT, lengths_B, keys_B, settings, stops, 
         tokens_BC = jnp.zeros((B, G + 1), jnp.int32).at[:, 0].set(last_B)
         token_B, draft, tokens_BC, q_GBV = jax.lax.fori_loop(
             0, G, propose, (last_B, s.draft, tokens_BC, jnp.zeros((G, B, vocab_size))))
-        _, draft = models[1].extend(token_B[:, None], live_B, draft)  # so that its cache has the last proposal too
+        _, draft = extend(1, token_B[:, None], live_B, draft)  # so that its cache has the last proposal too
 
-        x_BCD, target = models[0].extend(tokens_BC, live_B * (G + 1), s.target)
+        x_BCD, target = extend(0, tokens_BC, live_B * (G + 1), s.target)
         logits_CBV = jnp.stack([logits_of(0, x_BCD[:, i]) for i in range(G + 1)])
         p_CBV = jax.vmap(probs_of)(logits_CBV)
         at = lambda probs, i: probs[i, rows_B, tokens_BC[:, i + 1]]  # noqa: E731

@@ -4,6 +4,8 @@ What lives here: how the layers of a `Decoder` run when keys and values of earli
 and the pass over whole rows that training uses, are `lmjax.models.decoder`; the cache itself is `lmjax.nn.cache`.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -33,13 +35,15 @@ def new_cache(config, compute_dtype: str, batch: int, slots: int, cache: CacheCo
     return Cache(tuple(stack(i) for i in range(period)), constrain(jnp.zeros(batch, jnp.int32), "B"))
 
 
-def extend(model, tokens_BT: jax.Array, counts_B: jax.Array, cache: Cache, empty: bool = False
-           ) -> tuple[jax.Array, Cache]:
+def extend(model, tokens_BT: jax.Array, counts_B: jax.Array, cache: Cache, empty: bool = False,
+           layers: tuple[dict, ...] | None = None) -> tuple[jax.Array, Cache]:
     """Appends the first counts_B of T tokens to each row: (hidden states [B, T, D], the longer cache).
 
     What follows the first counts_B tokens of a row is padding: its hidden states mean nothing and it is never
     seen. empty: the cache has seen nothing yet, so the tokens need only see each other, by the kernels of
     training, and T may be any length up to the slots; otherwise T is at most the `chunk` of the cache.
+    layers: of `layers_apart`, run one after another; None: a loop over the model's own, stacked ones, which compiles
+    sooner.
     """
     c, T = model.config, tokens_BT.shape[1]
     steps_T = jnp.arange(T)
@@ -62,13 +66,14 @@ def extend(model, tokens_BT: jax.Array, counts_B: jax.Array, cache: Cache, empty
 
         return attend_empty if empty else attend_cached
 
-    x_BTD, stacks = _layers(model, model._embed(tokens_BT, positions_BT), positions_BT, attend_with, cache.stacks)
+    x_BTD, stacks = _layers(model, model._embed(tokens_BT, positions_BT), positions_BT, attend_with, cache.stacks,
+                            layers)
     lengths_B = constrain(cache.lengths_B + counts_B, "B")
     return model.final_norm(x_BTD), Cache(tuple(pin(stack) for stack in stacks), lengths_B)
 
 
-def _layers(model, x_BTD, positions_BT, attend_with, stacks):
-    """One loop over the periods of the window pattern, then the layers that are left over.
+def _layers(model, x_BTD, positions_BT, attend_with, stacks, apart):
+    """One loop over the periods of the window pattern, then the layers that are left over; none where they are apart.
 
     The stacks are carried, not scanned over: a scan would read and write the whole cache at every step.
     """
@@ -77,16 +82,22 @@ def _layers(model, x_BTD, positions_BT, attend_with, stacks):
     period = period_of(model.config)
     rotations = model.rotations(positions_BT)
 
-    def group(g, x_BTD, stacks, size):
+    def sliced(n):
+        return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, n, 0, keepdims=False), params)
+
+    def group(g, x_BTD, stacks, size, weights_of=sliced):
         stacks = list(stacks)
         for i in range(size):
-            block = nnx.merge(graphdef, jax.tree.map(
-                lambda w, i=i: jax.lax.dynamic_index_in_dim(w, g * period + i, 0, keepdims=False), params))
+            block = nnx.merge(graphdef, weights_of(g * period + i))
             x_BTD, stacks[i] = block(x_BTD, rotations[windows[i] > 0], attend_with(stacks[i], g), windows[i])
         return x_BTD, tuple(stacks)
 
-    x_BTD, stacks = jax.lax.fori_loop(0, depth // period, lambda g, carry: group(g, *carry, period), (x_BTD, stacks))
     left = depth % period
+    if apart is not None:
+        for g in range(-(-depth // period)):
+            x_BTD, stacks = group(g, x_BTD, stacks, min(period, depth - g * period), apart.__getitem__)
+        return x_BTD, stacks
+    x_BTD, stacks = jax.lax.fori_loop(0, depth // period, lambda g, carry: group(g, *carry, period), (x_BTD, stacks))
     return group(depth // period, x_BTD, stacks, left) if left else (x_BTD, stacks)
 
 
@@ -107,6 +118,32 @@ def _blocks_of_queries(q_BTNH, k_BTKH, v_BTKH, stack, c, block: int = 128):
     return jax.lax.map(one, starts).swapaxes(0, 1).reshape(B, T + pad, N, H)[:, :T]
 
 
+class Prepared(NamedTuple):
+    """What is made of the weights once, before the loop, because every step would make it again. None: nothing, the
+    model's own serve. layers: of `layers_apart`. head_VD: `model.head_VD` in the compute dtype."""
+
+    layers: tuple[dict, ...] | None = None
+    head_VD: jax.Array | None = None
+
+
+def layers_apart(blocks: dict) -> tuple[dict, ...] | None:
+    """The weights of each layer as arrays of their own, which lie where the stacked ones do; None elsewhere than on
+    one CPU, and while tracing.
+
+    A loop over stacked layers makes XLA's CPU backend copy each out of the stack at every step, which takes up to two
+    thirds of the step (docs/performance.md); other devices are left as they are. Memory is shared only where it is
+    aligned as XLA wants it, to 64 bytes, so weights whose layers are not, small or odd ones, are copied here.
+    """
+    stacked, tree = jax.tree.flatten(blocks)
+    if any(isinstance(w, jax.core.Tracer) or not isinstance(w, jax.Array) for w in stacked):
+        return None
+    device, *others = set().union(*(w.devices() for w in stacked))
+    if others or device.platform != "cpu":
+        return None
+    held = jax.device_get(stacked)  # on a CPU this is the memory itself
+    return tuple(jax.device_put(jax.tree.unflatten(tree, [w[n] for w in held]), device) for n in range(len(held[0])))
+
+
 def matmul_weights(params: dict, dtype: str) -> dict:
     """The weights of matrix products inside the blocks in the compute dtype, so that no step casts them again.
 
@@ -125,11 +162,12 @@ def last_hidden(x_BTD: jax.Array, counts_B: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x_BTD, (counts_B - 1)[:, None, None], axis=1)[:, 0]
 
 
-def next_logits(model, x_BD: jax.Array, head_VD: jax.Array) -> jax.Array:
+def next_logits(model, x_BD: jax.Array, head_VD: jax.Array | None) -> jax.Array:
     """float32 [B, V] of `Decoder.logits`, the matrix first: for few rows that is 1.5 x as fast on a CPU.
 
-    head_VD: `model.head_VD` in the compute dtype, cast once before the loop.
+    head_VD: of `Prepared`; None: the model's own.
     """
-    logits_BV = jnp.einsum("VD,BD->VB", head_VD, x_BD, preferred_element_type=jnp.float32).T
+    logits_BV = jnp.einsum("VD,BD->VB", model.head_VD if head_VD is None else head_VD, x_BD,
+                           preferred_element_type=jnp.float32).T
     cap = model.config.logit_softcap
     return constrain(cap * jnp.tanh(logits_BV / cap) if cap else logits_BV, "BV")

@@ -337,13 +337,13 @@ class Decoder(nnx.Module):
         after the first call of `extend`."""
         return cached.new_cache(self.config, self.compute.dtype, batch, slots, cache, chunk)
 
-    def extend(self, tokens_BT: jax.Array, counts_B: jax.Array, cache: Cache, empty: bool = False
-               ) -> tuple[jax.Array, Cache]:
+    def extend(self, tokens_BT: jax.Array, counts_B: jax.Array, cache: Cache, empty: bool = False,
+               layers: tuple[dict, ...] | None = None) -> tuple[jax.Array, Cache]:
         """Appends the first counts_B of T tokens to each row of a cache: (hidden [B, T, D], the longer cache).
 
         Prefill, with `empty`, and single steps are the same call; see `lmjax.models.cached.extend`.
         """
-        return cached.extend(self, tokens_BT, counts_B, cache, empty)
+        return cached.extend(self, tokens_BT, counts_B, cache, empty, layers)
 
     def _embed(self, tokens_BT, positions_BT):
         dtype = jnp.dtype(self.compute.dtype)
