@@ -48,6 +48,8 @@ Any field of the config is set with --key=value, e.g. --model.num_layers=8 --opt
     parser.add_argument("--profile", type=int, nargs="?", const=3, default=0, metavar="N",
                         help="trace N steps (3), the third of this start and on, into the run folder's profile/")
     options, overrides = parser.parse_known_args(args)
+    if options.devices < 0:
+        raise ConfigError(f"--devices={options.devices}: give 1 or more")
     if options.devices and not options.dry_run:
         raise ConfigError("--devices is for --dry-run only; a real run uses the devices that are there")
     if options.profile < 0 or (options.profile and options.dry_run):
@@ -162,6 +164,8 @@ chat template. `transformers` opens it, and so does every MODEL argument here. N
                         help="a file is closed before it would grow beyond this (default %(default)g)")
     parser.add_argument("--step", type=int, default=0, help="another checkpoint of a run than the newest")
     options = parser.parse_args(args)
+    if not 1 <= options.max_shard_bytes < 2**63:
+        raise ConfigError(f"--max-shard-bytes={options.max_shard_bytes}: give 1 or more")
     from lmjax.runs import export
 
     export(options.model, options.out, options.dtype, int(options.max_shard_bytes), options.step)
@@ -210,6 +214,13 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
+def one_line(text: str) -> str:
+    """A message with line breaks as spaces, other control characters escaped and an overlong middle left out: what a
+    file or a name holds may neither steer the terminal, nor pretend to be another message, nor fill the screen."""
+    text = text if len(text) <= 2000 else f"{text[:1200]} … {text[-600:]}"
+    return "".join(c if c.isprintable() else " " if c in "\r\n\t" else ascii(c)[1:-1] for c in text)
+
+
 def main(args: list[str] | None = None) -> int:
     is_process = args is None  # not a call from Python
     args = sys.argv[1:] if is_process else args
@@ -227,14 +238,16 @@ def main(args: list[str] | None = None) -> int:
             near = difflib.get_close_matches(args[0], COMMANDS, n=1)
             hint = f"did you mean `lmjax {near[0]}`?" if near else "see `lmjax --help`"
             raise ConfigError(f"lmjax {args[0]}: no such command; {hint}")
+        if empty := [arg for arg in args if arg.startswith("--") and arg.endswith("=--")]:
+            raise ConfigError(f"{empty[0]}: '--' is no value")  # argparse of some Pythons makes an empty list of it
         return COMMANDS[args[0]](args[1:])
     except UserError as error:
         for line in getattr(error, "problems", None) or (str(error),):
-            print(f"lmjax: {line}", file=sys.stderr)
+            print(f"lmjax: {one_line(line)}", file=sys.stderr)
         return error.exit_code
     except OSError as error:  # a disk that fills up under a log, say; what was written before stays
-        print(f"lmjax: {error.filename or args[0]}: {error.strerror or error}; mend that and give the same command "
-              "again", file=sys.stderr)
+        what, why = one_line(str(error.filename or args[0])), one_line(str(error.strerror or error))
+        print(f"lmjax: {what}: {why}; mend that and give the same command again", file=sys.stderr)
         return 4
     except KeyboardInterrupt:
         print(f"\nlmjax: {args[0]} was stopped", file=sys.stderr)

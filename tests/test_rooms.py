@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Room -> floor. A file may import its own room, and rooms of lower floors.
 FLOORS = {
-    "errors": 0, "axes": 0, "tree": 0, "process": 0, "records": 1,
+    "errors": 0, "axes": 0, "tree": 0, "process": 0, "records": 1, "plain": 1,
     "nn": 1, "losses": 1, "data": 1, "optim": 1, "flops": 1, "log": 2,
     "models": 2, "loader": 2,
     "state": 3, "checkpoint": 3, "decode": 3, "objectives": 3,
@@ -21,7 +21,7 @@ FLOORS = {
     "bench": 7,
     "cli": 8, "__main__": 9,
 }
-NO_JAX = ("errors", "process", "records", "log", "data", "report", "cli")
+NO_JAX = ("errors", "process", "records", "plain", "log", "data", "report", "cli")
 
 
 def room(path: Path) -> str:
