@@ -17,6 +17,7 @@ USAGE = """usage: lmjax COMMAND …
   eval RUN                          held-out loss, perplexity and bits per byte of a run
   generate MODEL --prompt TEXT      continue a text with a trained model
   export MODEL OUT                  write a model as a Hugging Face folder
+  watermark detect | key | …        find a watermark; make a secret; measure the schemes
   report RUN [RUN …]                one self-contained HTML page about runs
   bench train | step | …            how fast this is, beside others and beside the hardware
   data prepare | inspect            turn a corpus into token shards; look into them
@@ -82,7 +83,8 @@ def run_generate(args: list[str]) -> int:
     parser = _parser("generate", """Continue texts with a model: the newest checkpoint of a run, or one of others.
 
 Settings are applied in this order: penalties, no-repeat-ngram, DRY; then temperature, top-k, top-p, min-p,
-typical. The same model, prompts, settings and seed give the same text. Formulas: docs/decoding.md.""")
+typical; then the watermark. The same model, prompts, settings and seed give the same text. Formulas:
+docs/decoding.md, docs/watermarks.md.""")
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--prompt", action="append", help="text to continue (repeatable; default: none)")
     parser.add_argument("--step", type=int, default=0, help="another checkpoint than the newest")
@@ -119,6 +121,9 @@ typical. The same model, prompts, settings and seed give the same text. Formulas
     group.add_argument("--dry-allowed-length", type=int, default=2, metavar="N",
                        help="repetitions shorter than this are free (default %(default)s)")
 
+    group = parser.add_argument_group("watermark", "`lmjax watermark detect` finds it again with the same secret")
+    _watermark_flags(group)
+
     group = parser.add_argument_group("other ways to decode")
     group.add_argument("--beams", type=int, default=0, metavar="N", help="beam search; needs --temperature 0")
     group.add_argument("--length-penalty", type=float, default=1.0, metavar="A",
@@ -136,20 +141,34 @@ typical. The same model, prompts, settings and seed give the same text. Formulas
     group.add_argument("--sinks", type=int, default=0, metavar="N",
                        help="layers with a window also see the first N tokens (default %(default)s)")
     options = parser.parse_args(args)
+    from lmjax.decode.marks import watermark_of
     from lmjax.decode.processors import SampleConfig
     from lmjax.decode.write import TextRequest
     from lmjax.nn.cache import CacheConfig
     from lmjax.runs import generate_from_run
 
     given = vars(options)
+    watermark = watermark_of(**{name.removeprefix("watermark_") if name != "watermark" else "scheme": value
+                                for name, value in given.items() if name.startswith("watermark")})
     sample = SampleConfig(**{name: given[name] for name in SampleConfig.__dataclass_fields__})
     prompts = tuple(options.prompt or [""])
     can_stream = len(prompts) == 1 and not options.beams and not options.draft
     request = TextRequest(prompts, sample, CacheConfig(options.cache_dtype, options.cache_window, options.sinks),
                           options.seed, tuple(options.stop), options.beams, options.length_penalty, options.proposals,
-                          can_stream and sys.stdout.isatty() if options.stream is None else options.stream)
+                          can_stream and sys.stdout.isatty() if options.stream is None else options.stream,
+                          watermark)
     generate_from_run(options.model, request, options.step, options.draft)
     return 0
+
+
+def _watermark_flags(group) -> None:
+    group.add_argument("--watermark", default="", metavar="SCHEME", help="kgw, gumbel or tournament (default: none)")
+    group.add_argument("--watermark-key-file", default="", metavar="FILE",
+                       help="the secret, 16 bytes or more (default: the environment variable LMJAX_WATERMARK_KEY)")
+    group.add_argument("--watermark-context", type=int, metavar="H", help="earlier tokens that decide (default 4)")
+    group.add_argument("--watermark-gamma", type=float, metavar="G", help="kgw: share of green tokens (default 0.25)")
+    group.add_argument("--watermark-delta", type=float, metavar="D", help="kgw: what their logits gain (default 2)")
+    group.add_argument("--watermark-layers", type=int, metavar="N", help="tournament: its depth (default 30)")
 
 
 def run_export(args: list[str]) -> int:
@@ -172,6 +191,12 @@ def run_report(args: list[str]) -> int:
     from lmjax.report import run_report
 
     return run_report(args)
+
+
+def run_watermark(args: list[str]) -> int:
+    from lmjax.watermark.commands import run_watermark
+
+    return run_watermark(args)
 
 
 def run_bench(args: list[str]) -> int:
@@ -204,6 +229,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": run_generate,
     "export": run_export,
     "report": run_report,
+    "watermark": run_watermark,
     "bench": run_bench,
     "data": _group("data", {"prepare": "run_prepare", "inspect": "run_inspect"}),
     "tokenizer": _group("tokenizer", {"train": "run_tokenizer_train", "show": "run_tokenizer_show"}),

@@ -4,6 +4,7 @@ What lives here: the settings of one request, each processor, and the one order 
 
     repetition, frequency and presence penalties -> no-repeat n-gram -> DRY       (all rows)
     -> temperature -> top-k -> top-p -> min-p -> typical                          (rows that are sampled)
+    -> watermark                                                                  (rows that have one)
 
 Each step sees what the one before left; a token that is ruled out has -inf. Processors that no row of the batch
 uses are not in the compiled program at all: `Active` says which are. The loop that calls them is
@@ -16,6 +17,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from lmjax.decode.watermark import Marker, Marks
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -68,6 +71,7 @@ class Active:
     top_p: bool = False
     min_p: bool = False
     typical: bool = False
+    marks: Marks | None = None  # watermarks; set by who has them
 
     @property
     def history(self) -> bool:
@@ -285,12 +289,18 @@ def filtered(logits_BV: jax.Array, s: dict, active: Active) -> jax.Array:
     return logits_BV
 
 
-def choose(logits_BV: jax.Array, s: dict, active: Active, keys_B: jax.Array) -> jax.Array:
-    """int32 [B]: the likeliest token where temperature is 0, else a draw from softmax(filtered logits)."""
-    best_B = likeliest(logits_BV)
+def choose(logits_BV: jax.Array, s: dict, active: Active, keys_B: jax.Array,
+           marker: Marker | None = None) -> jax.Array:
+    """int32 [B]: the likeliest token where temperature is 0, else a draw from softmax(filtered logits).
+
+    marker: the step's watermarks, applied last; where `active.marks` says that there are any.
+    """
+    best_B = likeliest(logits_BV if marker is None else marker.greedy(logits_BV))
     if not active.sample:
         return best_B
-    drawn_B = jax.vmap(jax.random.categorical)(keys_B, filtered(logits_BV, s, active)).astype(jnp.int32)
+    kept_BV = filtered(logits_BV, s, active)
+    kept_BV = kept_BV if marker is None else marker.sampled(kept_BV)
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV).astype(jnp.int32)
     return jnp.where(s["temperature"] > 0, drawn_B, best_B)
 
 
