@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from lmjax.decode.flags import add_cache, add_sampling, cache_of, sample_of
 from lmjax.errors import ConfigError, UserError
 from lmjax.process import keep_compiled_programs, on_huge_pages
 
@@ -16,6 +17,8 @@ USAGE = """usage: lmjax COMMAND …
   train CONFIG.py [--key=value …]   train, or continue, the run that a config describes
   eval RUN                          held-out loss, perplexity and bits per byte of a run
   generate MODEL --prompt TEXT      continue a text with a trained model
+  chat MODEL                        talk with a model in the terminal
+  serve MODEL                       an HTTP endpoint like OpenAI's, with continuous batching
   export MODEL OUT                  write a model as a Hugging Face folder
   report RUN [RUN …]                one self-contained HTML page about runs
   bench train | step | …            how fast this is, beside others and beside the hardware
@@ -93,32 +96,7 @@ typical. The same model, prompts, settings and seed give the same text. Formulas
     parser.add_argument("--stream", action=argparse.BooleanOptionalAction, default=None,
                         help="print as it is written (default: on a terminal)")
 
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default %(default)s)")
-    group.add_argument("--top-k", type=int, default=0, help="the k likeliest tokens; 0 keeps all (default %(default)s)")
-    group.add_argument("--top-p", type=float, default=0.95,
-                       help="the likeliest tokens that make up probability p; 1 keeps all (default %(default)s)")
-    group.add_argument("--min-p", type=float, default=0.0,
-                       help="tokens at least p times as likely as the likeliest; 0 keeps all (default %(default)s)")
-    group.add_argument("--typical", type=float, default=1.0, dest="typical_p", metavar="P",
-                       help="the tokens of most typical surprise that make up p; 1 keeps all (default %(default)s)")
-
-    group = parser.add_argument_group("against repetition")
-    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R",
-                       help="divides positive logits of tokens seen, multiplies negative ones (default %(default)s)")
-    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="F",
-                       help="off a token's logit for each time it was generated (default %(default)s)")
-    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="F",
-                       help="off a token's logit once it was generated (default %(default)s)")
-    group.add_argument("--no-repeat-ngram", type=int, default=0, metavar="N",
-                       help="no N tokens in a row occur twice; 0 lets them (default %(default)s)")
-    group.add_argument("--dry", type=float, default=0.0, dest="dry_multiplier", metavar="M",
-                       help="what prolonging a repetition costs; 0 is nothing, 0.8 usual (default %(default)s)")
-    group.add_argument("--dry-base", type=float, default=1.75, metavar="B",
-                       help="times this for each token that the repetition is longer (default %(default)s)")
-    group.add_argument("--dry-allowed-length", type=int, default=2, metavar="N",
-                       help="repetitions shorter than this are free (default %(default)s)")
-
+    add_sampling(parser)
     group = parser.add_argument_group("other ways to decode")
     group.add_argument("--beams", type=int, default=0, metavar="N", help="beam search; needs --temperature 0")
     group.add_argument("--length-penalty", type=float, default=1.0, metavar="A",
@@ -127,29 +105,30 @@ typical. The same model, prompts, settings and seed give the same text. Formulas
                        help="a small model that proposes tokens; the distribution stays the model's")
     group.add_argument("--proposals", type=int, default=4, metavar="N",
                        help="tokens that the draft proposes at a time (default %(default)s)")
-
-    group = parser.add_argument_group("key/value cache")
-    group.add_argument("--cache-dtype", default="", metavar="DTYPE",
-                       help="float32, bfloat16 or int8 (default: the model's compute dtype)")
-    group.add_argument("--cache-window", type=int, default=0, metavar="N",
-                       help="every layer sees the last N tokens only, in memory of N tokens; 0 is all")
-    group.add_argument("--sinks", type=int, default=0, metavar="N",
-                       help="layers with a window also see the first N tokens (default %(default)s)")
+    add_cache(parser)
     options = parser.parse_args(args)
-    from lmjax.decode.processors import SampleConfig
     from lmjax.decode.write import TextRequest
-    from lmjax.nn.cache import CacheConfig
     from lmjax.runs import generate_from_run
 
-    given = vars(options)
-    sample = SampleConfig(**{name: given[name] for name in SampleConfig.__dataclass_fields__})
     prompts = tuple(options.prompt or [""])
     can_stream = len(prompts) == 1 and not options.beams and not options.draft
-    request = TextRequest(prompts, sample, CacheConfig(options.cache_dtype, options.cache_window, options.sinks),
-                          options.seed, tuple(options.stop), options.beams, options.length_penalty, options.proposals,
+    request = TextRequest(prompts, sample_of(options), cache_of(options), options.seed,
+                          tuple(options.stop), options.beams, options.length_penalty, options.proposals,
                           can_stream and sys.stdout.isatty() if options.stream is None else options.stream)
     generate_from_run(options.model, request, options.step, options.draft)
     return 0
+
+
+def run_chat(args: list[str]) -> int:
+    from lmjax.serve.commands import run_chat
+
+    return run_chat(args)
+
+
+def run_serve(args: list[str]) -> int:
+    from lmjax.serve.commands import run_serve
+
+    return run_serve(args)
 
 
 def run_export(args: list[str]) -> int:
@@ -197,11 +176,13 @@ def _group(name: str, commands: dict[str, str]) -> Callable[[list[str]], int]:
     return run
 
 
-COMPUTES = ("train", "eval", "generate", "export")
+COMPUTES = ("train", "eval", "generate", "chat", "serve", "export")
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": run_train,
     "eval": run_eval,
     "generate": run_generate,
+    "chat": run_chat,
+    "serve": run_serve,
     "export": run_export,
     "report": run_report,
     "bench": run_bench,

@@ -18,8 +18,9 @@ FLOORS = {
     "config": 4,
     "step": 5, "evals": 5, "plan": 5, "interop": 5,
     "train": 6, "runs": 6, "report": 6,
-    "bench": 7,
-    "cli": 8, "__main__": 9,
+    "serve": 7,
+    "bench": 8,
+    "cli": 9, "__main__": 10,
 }
 NO_JAX = ("errors", "process", "records", "log", "data", "report", "cli")
 

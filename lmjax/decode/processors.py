@@ -199,7 +199,8 @@ def dry(logits_BV: jax.Array, matches_BS: jax.Array, tokens_BS: jax.Array, lengt
     over_BS = length_BS - allowed_B[:, None]
     cost_BS = multiplier_B[:, None] * base_B[:, None] ** jnp.clip(over_BS, 0, 1000).astype(jnp.float32)
     rows_B1, vocab = jnp.arange(tokens_BS.shape[0])[:, None], logits_BV.shape[1]
-    at_BS = jnp.where(over_BS >= 0, next_BS, vocab)
+    on_B1 = (multiplier_B > 0)[:, None]  # a long repetition costs infinity, and 0 times that is NaN
+    at_BS = jnp.where((over_BS >= 0) & on_B1, next_BS, vocab)
     cost_BV = jnp.zeros_like(logits_BV).at[rows_B1, at_BS].max(jnp.minimum(cost_BS, 1e30))
     return logits_BV - cost_BV
 
@@ -262,7 +263,12 @@ def _keep_best(logits_BV: jax.Array, score_BV: jax.Array, enough: Callable, on_B
 
 def penalise(logits_BV: jax.Array, s: dict, active: Active, history: History | None, tokens_BS: jax.Array,
              lengths_B: jax.Array) -> jax.Array:
-    """The part for all rows: penalties, no-repeat n-gram, DRY. tokens_BS: each row so far, prompt included."""
+    """The part for all rows: penalties, no-repeat n-gram, DRY. tokens_BS: each row so far, prompt included.
+
+    s may hold "logit_bias", float32 [B, V], which is added first.
+    """
+    if "logit_bias" in s:
+        logits_BV = logits_BV + s["logit_bias"]
     if active.repetition:
         logits_BV = repetition_penalty(logits_BV, history.seen_BV, s["repetition_penalty"])
     if active.counts:
