@@ -6,22 +6,28 @@ A mistake of the user's ends in one line on stderr and the exit code of its clas
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable
 
 from lmjax.decode.flags import add_cache, add_sampling, cache_of, sample_of
 from lmjax.errors import ConfigError, UserError
+from lmjax.hosts import leave, several
 from lmjax.process import keep_compiled_programs, on_huge_pages
 
 USAGE = """usage: lmjax COMMAND …
 
   train CONFIG.py [--key=value …]   train, or continue, the run that a config describes
   eval RUN                          held-out loss, perplexity and bits per byte of a run
+  score MODEL --text T | --file F   surprisal, entropy and rank of every token, also as a page to read
+  analyze loops | positions         where a model loops; loss by position beyond the trained length
   generate MODEL --prompt TEXT      continue a text with a trained model
   chat MODEL                        talk with a model in the terminal
   serve MODEL                       an HTTP endpoint like OpenAI's, with continuous batching
   export MODEL OUT                  write a model as a Hugging Face folder
   report RUN [RUN …]                one self-contained HTML page about runs
   bench train | step | …            how fast this is, beside others and beside the hardware
+  checkpoint verify | list RUN      are a run's checkpoints what was written?
+  chaos                             break runs on this machine, and see whether they come through
   data prepare | inspect            turn a corpus into token shards; look into them
   tokenizer train | show            train a byte-level BPE; look into a tokenizer
 
@@ -147,6 +153,18 @@ chat template. `transformers` opens it, and so does every MODEL argument here. N
     return 0
 
 
+def run_score(args: list[str]) -> int:
+    from lmjax.analyze.commands import run_score
+
+    return run_score(args)
+
+
+def run_analyze(args: list[str]) -> int:
+    from lmjax.analyze.commands import run_analyze
+
+    return run_analyze(args)
+
+
 def run_report(args: list[str]) -> int:
     from lmjax.report import run_report
 
@@ -157,6 +175,23 @@ def run_bench(args: list[str]) -> int:
     from lmjax.bench.commands import run_bench
 
     return run_bench(args)
+
+
+def run_checkpoint(args: list[str]) -> int:
+    parser = _parser("checkpoint", """Look at the checkpoints of a run. `verify` reads every file and holds it to the
+manifest; `list` looks at sizes only. Nothing is changed. Exit code 4 if any is damaged.""")
+    parser.add_argument("what", choices=("verify", "list"))
+    parser.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
+    options = parser.parse_args(args)
+    from lmjax.checkpoint.commands import run
+
+    return run(options.run, hashes=options.what == "verify")
+
+
+def run_chaos(args: list[str]) -> int:
+    from lmjax.chaos.commands import run_chaos
+
+    return run_chaos(args)
 
 
 def _group(name: str, commands: dict[str, str]) -> Callable[[list[str]], int]:
@@ -176,16 +211,20 @@ def _group(name: str, commands: dict[str, str]) -> Callable[[list[str]], int]:
     return run
 
 
-COMPUTES = ("train", "eval", "generate", "chat", "serve", "export")
+COMPUTES = ("train", "eval", "score", "analyze", "generate", "chat", "serve", "export")
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": run_train,
     "eval": run_eval,
+    "score": run_score,
+    "analyze": run_analyze,
     "generate": run_generate,
     "chat": run_chat,
     "serve": run_serve,
     "export": run_export,
     "report": run_report,
     "bench": run_bench,
+    "checkpoint": run_checkpoint,
+    "chaos": run_chaos,
     "data": _group("data", {"prepare": "run_prepare", "inspect": "run_inspect"}),
     "tokenizer": _group("tokenizer", {"train": "run_tokenizer_train", "show": "run_tokenizer_show"}),
 }
@@ -201,6 +240,14 @@ def main(args: list[str] | None = None) -> int:
         on_huge_pages()
     if is_process and args[0] in COMPUTES:
         keep_compiled_programs()
+    code = _run(args)
+    if is_process and args[0] == "train":
+        leave(code)
+    return code
+
+
+def _run(args: list[str]) -> int:
+    """The exit code of a command; what a user can mend is one line on stderr."""
     try:
         if args[0] not in COMMANDS:
             import difflib
@@ -220,6 +267,11 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nlmjax: {args[0]} was stopped", file=sys.stderr)
         return 130
+    except Exception:  # a bug of ours
+        if not several():
+            raise
+        traceback.print_exc()
+        return 1
 
 
 if __name__ == "__main__":

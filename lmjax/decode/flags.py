@@ -33,6 +33,10 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
                        help="times this for each token that the repetition is longer (default %(default)s)")
     group.add_argument("--dry-allowed-length", type=int, default=2, metavar="N",
                        help="repetitions shorter than this are free (default %(default)s)")
+    group.add_argument("--stop-loops", type=int, default=0, metavar="N",
+                       help="end a text whose end has gone round one cycle N times; 0 goes on (default %(default)s)")
+    group.add_argument("--loop-period", type=int, default=64, metavar="N",
+                       help="tokens of the longest cycle that --stop-loops looks for (default %(default)s)")
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:

@@ -35,6 +35,8 @@ class SampleConfig:
     dry_multiplier: float = 0.0  # DRY: what a repetition of dry_allowed_length tokens costs; 0: none
     dry_base: float = 1.75  # and by which factor each further token raises it
     dry_allowed_length: int = 2
+    stop_loops: int = 0  # end a row whose newest tokens have gone round one cycle so often; 0: go on
+    loop_period: int = 64  # tokens of the longest cycle that stop_loops looks for
 
     def problems(self, prefix: str = "sample") -> list[str]:
         rules = {
@@ -51,6 +53,8 @@ class SampleConfig:
             "dry_multiplier": (0 <= self.dry_multiplier < np.inf, "must not be negative; 0 is none"),
             "dry_base": (1 <= self.dry_base < np.inf, "must be at least 1"),
             "dry_allowed_length": (self.dry_allowed_length >= 1, "must be at least 1"),
+            "stop_loops": (self.stop_loops == 0 or self.stop_loops >= 2, "must be at least 2 times round; 0 goes on"),
+            "loop_period": (self.loop_period >= 1, "must be at least 1"),
         }
         return [f"{prefix}.{name}={getattr(self, name)}: {rule}" for name, (right, rule) in rules.items() if not right]
 
@@ -68,6 +72,7 @@ class Active:
     top_p: bool = False
     min_p: bool = False
     typical: bool = False
+    loops: int = 0  # longest cycle that some row is stopped for, rounded up so that few programs are compiled
 
     @property
     def history(self) -> bool:
@@ -82,7 +87,8 @@ def active(configs: Sequence[SampleConfig]) -> Active:
         counts=any(c.frequency_penalty != 0 or c.presence_penalty != 0 for c in configs),
         ngram=any(c.no_repeat_ngram > 0 for c in configs), dry=any(c.dry_multiplier > 0 for c in configs),
         sample=bool(drawn), top_k=any(c.top_k > 0 for c in drawn), top_p=any(c.top_p < 1 for c in drawn),
-        min_p=any(c.min_p > 0 for c in drawn), typical=any(c.typical_p < 1 for c in drawn))
+        min_p=any(c.min_p > 0 for c in drawn), typical=any(c.typical_p < 1 for c in drawn),
+        loops=max((1 << (c.loop_period - 1).bit_length() for c in configs if c.stop_loops), default=0))
 
 
 def settings_of(configs: Sequence[SampleConfig]) -> dict[str, np.ndarray]:

@@ -19,7 +19,8 @@ import numpy as np
 from flax import nnx
 
 from lmjax.decode.generate import Program, State, _advance, _prefill, cast_once, row_keys
-from lmjax.decode.processors import Active, History, SampleConfig, settings_of
+from lmjax.decode.loops import no_loops
+from lmjax.decode.processors import Active, History, SampleConfig, active, settings_of
 from lmjax.models.cached import new_cache
 from lmjax.nn.cache import CacheConfig
 
@@ -36,15 +37,16 @@ class Needs:
     history: bool = False  # repetition, frequency and presence penalties, no-repeat n-gram, DRY
     logprobs: bool = False
     bias: bool = False
+    loops: int = 0  # the longest cycle that some row is stopped for
 
     def __or__(self, other: "Needs") -> "Needs":
-        return Needs(*(a or b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+        return Needs(*(max(a, b) for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
     @property
     def active(self) -> Active:
         h, s = self.history, self.sample
         return Active(repetition=h, counts=h, ngram=h, dry=h, sample=s, top_k=s, top_p=s, min_p=s,
-                      typical=self.typical)
+                      typical=self.typical, loops=self.loops)
 
 
 @dataclasses.dataclass
@@ -64,13 +66,14 @@ class Row:
     top_logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
     done: bool = False
     bad: bool = False  # its logits were not finite
+    looped: bool = False  # ended because it went round in circles
 
     @property
     def needs(self) -> Needs:
         c = self.config
         return Needs(c.temperature > 0, c.temperature > 0 and c.typical_p < 1,
                      c.repetition_penalty != 1 or c.frequency_penalty != 0 or c.presence_penalty != 0
-                     or c.no_repeat_ngram > 0 or c.dry_multiplier > 0, self.logprobs, bool(self.bias))
+                     or c.no_repeat_ngram > 0 or c.dry_multiplier > 0, self.logprobs, bool(self.bias), active([c]).loops)
 
     @property
     def length(self) -> int:
@@ -209,13 +212,14 @@ class Batch:
         wanted = [state.tokens_BS, state.lengths_B, state.done_B, state.bad_B]
         if self._needs.logprobs:
             wanted += _tail(state.logprob_BN, state.top_ids_BNC, state.top_logprob_BNC, known, width=width)
+        looped = jax.device_get(state.loops.looped_B) if self._needs.loops else np.zeros(len(rows), bool)
         tokens, lengths, done, bad, *scores = jax.device_get(wanted)
         for i, row in enumerate(rows):
             if row is None or row.done:
                 continue
             count = int(lengths[i]) - row.length
             row.tokens += tokens[i, row.length:lengths[i]].tolist()
-            row.done, row.bad = bool(done[i]), bool(bad[i])
+            row.done, row.bad, row.looped = bool(done[i]), bool(bad[i]), bool(looped[i])
             if row.logprobs:
                 for held, new in zip((row.token_logprobs, row.top_ids, row.top_logprobs), scores, strict=True):
                     held += list(new[i, :count])
@@ -244,7 +248,8 @@ def _resized(state: State | None, *, program: Program, rows: int, config, dtype:
                       zeros((B, config.vocab_size)) if uses.counts else None, zeros((B, S)) if uses.ngram else None,
                       zeros((B, S)) if uses.dry else None) if uses.history else None
     empty = State(zeros(()), zeros((B, S)), zeros(B), zeros(B), ~off, off, jax.random.split(jax.random.key(0), B),
-                  new_cache(config, dtype, B, S, program.cache), history, jnp.zeros((B, N)),
+                  new_cache(config, dtype, B, S, program.cache), history,
+                  no_loops(B, min(uses.loops, S)) if uses.loops else None, jnp.zeros((B, N)),
                   zeros((B, N, max(n, 0))), jnp.zeros((B, N, max(n, 0))))
     if state is None:
         return empty

@@ -28,7 +28,7 @@ from lmjax.serve.batch import Batch, Row
 from lmjax.serve.metrics import Metrics
 
 LOG = logging.getLogger(__name__)
-FINISHED = ("stop", "string", "length")
+FINISHED = ("stop", "string", "loop", "length")
 NOT_FINITE = ("the weights hold NaN or infinities, or activations overflow; use another checkpoint, or compute in "
               "float32")
 
@@ -266,8 +266,8 @@ class Engine:
     def _completion(self, job: Job) -> Completion:
         row = job.row
         scores = [np.array(row.token_logprobs, np.float32), np.array(row.top_ids), np.array(row.top_logprobs)]
-        return _completion(np.array(row.tokens, np.int32), 0, len(row.tokens), row.done, self._stops, job.stop,
-                           self.tokenizer.decode, scores if row.logprobs else [])
+        return _completion(np.array(row.tokens, np.int32), 0, len(row.tokens), row.done, row.looped, self._stops,
+                           job.stop, self.tokenizer.decode, scores if row.logprobs else [])
 
     def _end(self, job: Job, error: str) -> None:
         self._leave(job, error)

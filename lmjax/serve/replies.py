@@ -13,7 +13,7 @@ from typing import Any
 from lmjax.decode.generate import Completion
 from lmjax.serve.protocol import Request
 
-FINISH = {"stop": "stop", "string": "stop", "length": "length", "": None}
+FINISH = {"stop": "stop", "string": "stop", "loop": "stop", "length": "length", "": None}
 LOWEST = -9999.0  # JSON has no infinity
 
 
