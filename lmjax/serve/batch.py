@@ -73,7 +73,8 @@ class Row:
         c = self.config
         return Needs(c.temperature > 0, c.temperature > 0 and c.typical_p < 1,
                      c.repetition_penalty != 1 or c.frequency_penalty != 0 or c.presence_penalty != 0
-                     or c.no_repeat_ngram > 0 or c.dry_multiplier > 0, self.logprobs, bool(self.bias), active([c]).loops)
+                     or c.no_repeat_ngram > 0 or c.dry_multiplier > 0, self.logprobs, bool(self.bias),
+                     active([c]).loops)
 
     @property
     def length(self) -> int:

@@ -202,7 +202,8 @@ def _hosts(options: argparse.Namespace) -> frozenset[str]:
 
 @contextlib.contextmanager
 def _listening(host: str, port: int):
-    """A socket bound to the address, so that it is known at once if another has it. uvicorn listens on it later."""
+    """A socket that listens at the address, so that it is known at once if another has it, and nobody who reads where
+    the server is gets there too early: connections wait until uvicorn takes them."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
                                                              flags=socket.AI_PASSIVE)[0]
@@ -211,6 +212,7 @@ def _listening(host: str, port: int):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 listener.bind(address)
+                listener.listen(2048)
             except OSError as error:
                 raise ConfigError(f"--host {host} --port {port}: {error.strerror}; choose another") from None
             yield listener

@@ -212,7 +212,8 @@ def _sample(f: Fields) -> SampleConfig:
         top_k=f.whole("top_k", 0, 0, most), min_p=f.number("min_p", 0.0, 0, 1),
         typical_p=f.number("typical_p", 1.0, 0, 1), repetition_penalty=f.number("repetition_penalty", 1.0, 0, 100),
         no_repeat_ngram=f.whole("no_repeat_ngram", 0, 0, most), dry_multiplier=f.number("dry_multiplier", 0.0, 0, 100),
-        dry_base=f.number("dry_base", 1.75, 1, 100), dry_allowed_length=f.whole("dry_allowed_length", 2, 1, most))
+        dry_base=f.number("dry_base", 1.75, 1, 100), dry_allowed_length=f.whole("dry_allowed_length", 2, 1, most),
+        stop_loops=f.whole("stop_loops", 0, 0, most), loop_period=f.whole("loop_period", 64, 1, 4096))
     for problem in sample.problems(""):  # ".top_p=0.0: must be …"
         raise RequestError(problem[1:], problem[1:].partition("=")[0])
     return sample
