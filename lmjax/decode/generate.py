@@ -22,6 +22,7 @@ from flax import nnx
 
 from lmjax.axes import constrain
 from lmjax.decode import watermark as watermarks
+from lmjax.decode.loops import Loops, count_loops, no_loops
 from lmjax.decode.marks import Watermark
 from lmjax.decode.processors import (
     Active,
@@ -60,6 +61,7 @@ class State:
     keys_B: jax.Array  # PRNG key of the row; the n-th new token is drawn with fold_in(key, n)
     cache: Cache
     history: History | None  # of the penalties
+    loops: Loops | None  # of rows that are stopped when they loop
     logprob_BN: jax.Array  # float32: of each new token, before any processor; by index in tokens_BS
     top_ids_BNC: jax.Array
     top_logprob_BNC: jax.Array
@@ -81,10 +83,11 @@ class Program:
 class Completion:
     """What became of one prompt.
 
-    tokens: new ones, without the stop token. finish: "stop" (a stop token), "string" (a stop string), "length" or ""
-    (still going). text: set where the caller gave `text_of`, and cut before the stop string; `tokens` then end
-    with the token that completed it. logprobs [n]: natural logarithms under the model itself, before penalties,
-    temperature and filters; top_ids and top_logprobs [n, top] likewise.
+    tokens: new ones, without the stop token. finish: "stop" (a stop token), "string" (a stop string), "loop" (the end
+    went round a cycle; all of it is in `tokens`), "length" or "" (still going). text: set where the caller gave
+    `text_of`, and cut before the stop string; `tokens` then end with the token that completed it. logprobs [n]: natural
+    logarithms under the model itself, before penalties, temperature and filters; top_ids and top_logprobs [n, top]
+    likewise.
     """
 
     tokens: np.ndarray
@@ -123,7 +126,8 @@ def _prefill(params, head_VD, tokens_BT, lengths_B, keys_B, settings, stop_ids, 
         history = remember_prompt(program.active, tokens_BS, lengths_B, T, model.config.vocab_size, breakers_V)
     off, N = jnp.zeros(B, bool), S if n >= 0 else 0
     top = (B, N, max(n, 0))
-    state = State(jnp.zeros((), jnp.int32), tokens_BS, lengths_B, lengths_B, off, off, keys_B, cache, history,
+    loops = no_loops(B, min(program.active.loops, S)) if program.active.loops else None
+    state = State(jnp.zeros((), jnp.int32), tokens_BS, lengths_B, lengths_B, off, off, keys_B, cache, history, loops,
                   jnp.zeros((B, N)), jnp.zeros(top, jnp.int32), jnp.zeros(top))
     x_BD = last_hidden(hidden, lengths_B)
     return _choose_next(model, head_VD, x_BD, state, settings, stop_ids, breakers_V, program)
@@ -175,9 +179,14 @@ def _choose_next(model, head_VD, x_BD, state: State, settings, stop_ids, breaker
             new["top_logprob_BNC"] = state.top_logprob_BNC.at[rows_B, at_B].set(top_BC)
     if state.history is not None:
         new["history"] = remember(state.history, tokens_BS, state.lengths_B, token_B, live_B, breakers_V)
+    if state.loops is not None:
+        new["loops"] = count_loops(state.loops, tokens_BS, state.starts_B, state.lengths_B, token_B, live_B,
+                                   settings["stop_loops"], settings["loop_period"])
     lengths_B = state.lengths_B + live_B
     ends_B = jnp.any(token_B[:, None] == stop_ids, axis=1) | (
         lengths_B - state.starts_B >= settings["max_new_tokens"])
+    if state.loops is not None:
+        ends_B |= new["loops"].looped_B
     return _pinned(dataclasses.replace(state, step=state.step + 1, tokens_BS=tokens_BS, lengths_B=lengths_B,
                                        done_B=state.done_B | bad_B | ends_B, bad_B=bad_B, **new))
 
@@ -300,14 +309,15 @@ def _read(state: State, stops: np.ndarray, stop_strings, text_of, logprobs: int)
         raise NonFiniteError(f"row {row}: the logits of new token {lengths[row] - starts[row] - 1} are not finite; the "
                              "weights hold NaN or infinities, or activations overflow; use another checkpoint, or "
                              "compute in float32")
+    looped = np.zeros(len(tokens), bool) if state.loops is None else np.asarray(state.loops.looped_B)
     scores = [np.asarray(x) for x in (state.logprob_BN, state.top_ids_BNC, state.top_logprob_BNC)
               ] if logprobs >= 0 else []
-    return [_completion(tokens[row], starts[row], lengths[row], done[row], stops, stop_strings, text_of,
+    return [_completion(tokens[row], starts[row], lengths[row], done[row], looped[row], stops, stop_strings, text_of,
                         [x[row] for x in scores]) for row in range(len(tokens))]
 
 
-def _completion(tokens, start, length, done, stops, stop_strings, text_of, scores) -> Completion:
-    finish = ("stop" if tokens[length - 1] in stops else "length") if done else ""
+def _completion(tokens, start, length, done, looped, stops, stop_strings, text_of, scores) -> Completion:
+    finish = ("stop" if tokens[length - 1] in stops else "loop" if looped else "length") if done else ""
     end = length - 1 if finish == "stop" else length
     text = None
     if text_of is not None:

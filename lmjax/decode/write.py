@@ -62,6 +62,10 @@ class TextRequest:
                 (self.stop, "--stop"), (self.stream, "--stream"), (self.watermark, "--watermark")) if one and on]
         if self.watermark is not None:
             bad += watermark_problems([self.watermark], [self.sample.temperature])
+        if self.sample.stop_loops and (self.beams > 0 or draft):
+            bad.append(f"--stop-loops cannot be used with {'--beams' if self.beams > 0 else '--draft'}; leave one out")
+        if not self.sample.stop_loops and self.sample.loop_period != SampleConfig().loop_period:
+            bad.append(f"--loop-period {self.sample.loop_period} has no effect without --stop-loops; leave it out")
         if self.beams > 0 and draft:
             bad.append("--beams cannot be used with --draft; leave one out")
         if not self.beams and self.length_penalty != 1:
