@@ -6,19 +6,29 @@ A mistake of the user's ends in one line on stderr and the exit code of its clas
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable
 
+from lmjax.decode.flags import add_cache, add_sampling, cache_of, sample_of
 from lmjax.errors import ConfigError, UserError
+from lmjax.hosts import leave, several
 from lmjax.process import keep_compiled_programs, on_huge_pages
 
 USAGE = """usage: lmjax COMMAND …
 
   train CONFIG.py [--key=value …]   train, or continue, the run that a config describes
   eval RUN                          held-out loss, perplexity and bits per byte of a run
+  score MODEL --text T | --file F   surprisal, entropy and rank of every token, also as a page to read
+  analyze loops | positions         where a model loops; loss by position beyond the trained length
   generate MODEL --prompt TEXT      continue a text with a trained model
+  chat MODEL                        talk with a model in the terminal
+  serve MODEL                       an HTTP endpoint like OpenAI's, with continuous batching
   export MODEL OUT                  write a model as a Hugging Face folder
+  watermark detect | key | …        find a watermark; make a secret; measure the schemes
   report RUN [RUN …]                one self-contained HTML page about runs
   bench train | step | …            how fast this is, beside others and beside the hardware
+  checkpoint verify | list RUN      are a run's checkpoints what was written?
+  chaos                             break runs on this machine, and see whether they come through
   data prepare | inspect            turn a corpus into token shards; look into them
   tokenizer train | show            train a byte-level BPE; look into a tokenizer
 
@@ -84,7 +94,8 @@ def run_generate(args: list[str]) -> int:
     parser = _parser("generate", """Continue texts with a model: the newest checkpoint of a run, or one of others.
 
 Settings are applied in this order: penalties, no-repeat-ngram, DRY; then temperature, top-k, top-p, min-p,
-typical. The same model, prompts, settings and seed give the same text. Formulas: docs/decoding.md.""")
+typical; then the watermark. The same model, prompts, settings and seed give the same text. Formulas:
+docs/decoding.md, docs/watermarks.md.""")
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--prompt", action="append", help="text to continue (repeatable; default: none)")
     parser.add_argument("--step", type=int, default=0, help="another checkpoint than the newest")
@@ -95,31 +106,9 @@ typical. The same model, prompts, settings and seed give the same text. Formulas
     parser.add_argument("--stream", action=argparse.BooleanOptionalAction, default=None,
                         help="print as it is written (default: on a terminal)")
 
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default %(default)s)")
-    group.add_argument("--top-k", type=int, default=0, help="the k likeliest tokens; 0 keeps all (default %(default)s)")
-    group.add_argument("--top-p", type=float, default=0.95,
-                       help="the likeliest tokens that make up probability p; 1 keeps all (default %(default)s)")
-    group.add_argument("--min-p", type=float, default=0.0,
-                       help="tokens at least p times as likely as the likeliest; 0 keeps all (default %(default)s)")
-    group.add_argument("--typical", type=float, default=1.0, dest="typical_p", metavar="P",
-                       help="the tokens of most typical surprise that make up p; 1 keeps all (default %(default)s)")
-
-    group = parser.add_argument_group("against repetition")
-    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R",
-                       help="divides positive logits of tokens seen, multiplies negative ones (default %(default)s)")
-    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="F",
-                       help="off a token's logit for each time it was generated (default %(default)s)")
-    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="F",
-                       help="off a token's logit once it was generated (default %(default)s)")
-    group.add_argument("--no-repeat-ngram", type=int, default=0, metavar="N",
-                       help="no N tokens in a row occur twice; 0 lets them (default %(default)s)")
-    group.add_argument("--dry", type=float, default=0.0, dest="dry_multiplier", metavar="M",
-                       help="what prolonging a repetition costs; 0 is nothing, 0.8 usual (default %(default)s)")
-    group.add_argument("--dry-base", type=float, default=1.75, metavar="B",
-                       help="times this for each token that the repetition is longer (default %(default)s)")
-    group.add_argument("--dry-allowed-length", type=int, default=2, metavar="N",
-                       help="repetitions shorter than this are free (default %(default)s)")
+    add_sampling(parser)
+    group = parser.add_argument_group("watermark", "`lmjax watermark detect` finds it again with the same secret")
+    _watermark_flags(group)
 
     group = parser.add_argument_group("other ways to decode")
     group.add_argument("--beams", type=int, default=0, metavar="N", help="beam search; needs --temperature 0")
@@ -129,29 +118,44 @@ typical. The same model, prompts, settings and seed give the same text. Formulas
                        help="a small model that proposes tokens; the distribution stays the model's")
     group.add_argument("--proposals", type=int, default=4, metavar="N",
                        help="tokens that the draft proposes at a time (default %(default)s)")
-
-    group = parser.add_argument_group("key/value cache")
-    group.add_argument("--cache-dtype", default="", metavar="DTYPE",
-                       help="float32, bfloat16 or int8 (default: the model's compute dtype)")
-    group.add_argument("--cache-window", type=int, default=0, metavar="N",
-                       help="every layer sees the last N tokens only, in memory of N tokens; 0 is all")
-    group.add_argument("--sinks", type=int, default=0, metavar="N",
-                       help="layers with a window also see the first N tokens (default %(default)s)")
+    add_cache(parser)
     options = parser.parse_args(args)
-    from lmjax.decode.processors import SampleConfig
+    from lmjax.decode.marks import watermark_of
     from lmjax.decode.write import TextRequest
-    from lmjax.nn.cache import CacheConfig
     from lmjax.runs import generate_from_run
 
-    given = vars(options)
-    sample = SampleConfig(**{name: given[name] for name in SampleConfig.__dataclass_fields__})
+    watermark = watermark_of(**{name.removeprefix("watermark_") if name != "watermark" else "scheme": value
+                                for name, value in vars(options).items() if name.startswith("watermark")})
     prompts = tuple(options.prompt or [""])
     can_stream = len(prompts) == 1 and not options.beams and not options.draft
-    request = TextRequest(prompts, sample, CacheConfig(options.cache_dtype, options.cache_window, options.sinks),
-                          options.seed, tuple(options.stop), options.beams, options.length_penalty, options.proposals,
-                          can_stream and sys.stdout.isatty() if options.stream is None else options.stream)
+    request = TextRequest(prompts, sample_of(options), cache_of(options), options.seed,
+                          tuple(options.stop), options.beams, options.length_penalty, options.proposals,
+                          can_stream and sys.stdout.isatty() if options.stream is None else options.stream,
+                          watermark)
     generate_from_run(options.model, request, options.step, options.draft)
     return 0
+
+
+def _watermark_flags(group) -> None:
+    group.add_argument("--watermark", default="", metavar="SCHEME", help="kgw, gumbel or tournament (default: none)")
+    group.add_argument("--watermark-key-file", default="", metavar="FILE",
+                       help="the secret, 16 bytes or more (default: the environment variable LMJAX_WATERMARK_KEY)")
+    group.add_argument("--watermark-context", type=int, metavar="H", help="earlier tokens that decide (default 4)")
+    group.add_argument("--watermark-gamma", type=float, metavar="G", help="kgw: share of green tokens (default 0.25)")
+    group.add_argument("--watermark-delta", type=float, metavar="D", help="kgw: what their logits gain (default 2)")
+    group.add_argument("--watermark-layers", type=int, metavar="N", help="tournament: its depth (default 30)")
+
+
+def run_chat(args: list[str]) -> int:
+    from lmjax.serve.commands import run_chat
+
+    return run_chat(args)
+
+
+def run_serve(args: list[str]) -> int:
+    from lmjax.serve.commands import run_serve
+
+    return run_serve(args)
 
 
 def run_export(args: list[str]) -> int:
@@ -172,16 +176,51 @@ chat template. `transformers` opens it, and so does every MODEL argument here. N
     return 0
 
 
+def run_score(args: list[str]) -> int:
+    from lmjax.analyze.commands import run_score
+
+    return run_score(args)
+
+
+def run_analyze(args: list[str]) -> int:
+    from lmjax.analyze.commands import run_analyze
+
+    return run_analyze(args)
+
+
 def run_report(args: list[str]) -> int:
     from lmjax.report import run_report
 
     return run_report(args)
 
 
+def run_watermark(args: list[str]) -> int:
+    from lmjax.watermark.commands import run_watermark
+
+    return run_watermark(args)
+
+
 def run_bench(args: list[str]) -> int:
     from lmjax.bench.commands import run_bench
 
     return run_bench(args)
+
+
+def run_checkpoint(args: list[str]) -> int:
+    parser = _parser("checkpoint", """Look at the checkpoints of a run. `verify` reads every file and holds it to the
+manifest; `list` looks at sizes only. Nothing is changed. Exit code 4 if any is damaged.""")
+    parser.add_argument("what", choices=("verify", "list"))
+    parser.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
+    options = parser.parse_args(args)
+    from lmjax.checkpoint.commands import run
+
+    return run(options.run, hashes=options.what == "verify")
+
+
+def run_chaos(args: list[str]) -> int:
+    from lmjax.chaos.commands import run_chaos
+
+    return run_chaos(args)
 
 
 def _group(name: str, commands: dict[str, str]) -> Callable[[list[str]], int]:
@@ -201,14 +240,21 @@ def _group(name: str, commands: dict[str, str]) -> Callable[[list[str]], int]:
     return run
 
 
-COMPUTES = ("train", "eval", "generate", "export")
+COMPUTES = ("train", "eval", "score", "analyze", "generate", "chat", "serve", "export")
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": run_train,
     "eval": run_eval,
+    "score": run_score,
+    "analyze": run_analyze,
     "generate": run_generate,
+    "chat": run_chat,
+    "serve": run_serve,
     "export": run_export,
     "report": run_report,
+    "watermark": run_watermark,
     "bench": run_bench,
+    "checkpoint": run_checkpoint,
+    "chaos": run_chaos,
     "data": _group("data", {"prepare": "run_prepare", "inspect": "run_inspect"}),
     "tokenizer": _group("tokenizer", {"train": "run_tokenizer_train", "show": "run_tokenizer_show"}),
 }
@@ -231,6 +277,14 @@ def main(args: list[str] | None = None) -> int:
         on_huge_pages()
     if is_process and args[0] in COMPUTES:
         keep_compiled_programs()
+    code = _run(args)
+    if is_process and args[0] == "train":
+        leave(code)
+    return code
+
+
+def _run(args: list[str]) -> int:
+    """The exit code of a command; what a user can mend is one line on stderr."""
     try:
         if args[0] not in COMMANDS:
             import difflib
@@ -252,6 +306,11 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nlmjax: {args[0]} was stopped", file=sys.stderr)
         return 130
+    except Exception:  # a bug of ours
+        if not several():
+            raise
+        traceback.print_exc()
+        return 1
 
 
 if __name__ == "__main__":

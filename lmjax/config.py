@@ -29,17 +29,19 @@ from lmjax.checkpoint import CheckpointConfig
 from lmjax.data import DataConfig, SourceConfig
 from lmjax.decode.generate import SampleConfig
 from lmjax.errors import ConfigError
+from lmjax.guard import GuardConfig
 from lmjax.log import LogConfig
 from lmjax.losses.goldfish import GoldfishConfig
 from lmjax.models import ComputeConfig, DecoderConfig, RopeScaling, preset
 from lmjax.objectives.pretrain import PretrainConfig
 from lmjax.optim import OptimConfig
+from lmjax.phases import LimitsConfig
 from lmjax.plain import build, not_finite, problems, read_json, shown
 
 __all__ = [
     "CheckpointConfig", "ComputeConfig", "DataConfig", "DecoderConfig", "EvalConfig", "GoldfishConfig",
-    "LogConfig", "MeshConfig", "OptimConfig", "PretrainConfig", "RopeScaling", "RunConfig", "SampleConfig",
-    "SourceConfig", "preset",
+    "GuardConfig", "LimitsConfig", "LogConfig", "MeshConfig", "OptimConfig", "PretrainConfig", "RopeScaling",
+    "RunConfig", "SampleConfig", "SourceConfig", "preset",
 ]
 
 
@@ -80,6 +82,8 @@ class RunConfig:
     evals: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    limits: LimitsConfig = dataclasses.field(default_factory=LimitsConfig)
 
     @property
     def folder(self) -> Path:
@@ -103,7 +107,7 @@ def validate(config: RunConfig, num_devices: int) -> None:
     mesh_problems = c.mesh.problems(num_devices)
     bad += (c.model.problems() + c.compute.problems() + c.objective.problems() + c.data.problems("data.")
             + c.optim.problems(c.steps) + mesh_problems + c.evals.problems() + c.checkpoint.problems()
-            + c.log.problems("log"))
+            + c.log.problems("log") + c.guard.problems() + c.limits.problems())
     if c.seq_len > c.model.max_seq_len:
         bad.append(f"seq_len={c.seq_len} is longer than model.max_seq_len={c.model.max_seq_len}; "
                    "shorten the rows or raise model.max_seq_len")

@@ -1,4 +1,4 @@
-"""The errors that a user can cause, each a ValueError with a documented exit code.
+"""The errors that a user can cause or meet, each a ValueError with a documented exit code.
 
 What lives here: one class per kind of mistake. What does not: anything about our own bugs (those are
 `assert`s) or about how an error is printed (`lmjax.cli` prints one line and exits with `exit_code`).
@@ -43,6 +43,21 @@ class Stopped(UserError):
 
 
 class NonFiniteError(UserError):
-    """Training produced a NaN or an infinity; the last good checkpoint is intact."""
+    """Training went on producing NaNs, infinities or spikes; the last good checkpoint is intact."""
 
     exit_code = 5
+
+
+STUCK = 6  # exit code of a phase that ran past its limit (`lmjax.phases`); it ends the process, so it is no exception
+
+
+class CorruptionError(UserError):
+    """The same step gave other bits when it was run again: a device computes wrongly."""
+
+    exit_code = 7
+
+
+class HostsError(UserError):
+    """Processes that do not find each other, or that were started with different configs or versions."""
+
+    exit_code = 8

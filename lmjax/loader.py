@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lmjax.axes import batch_sharding
+from lmjax.errors import DataError
 
 Rows = Callable[[int, slice], dict[str, np.ndarray]]  # (step, rows of the global batch) -> [rows, T] arrays
 
@@ -56,7 +57,12 @@ class Loader:
         try:
             rows = local_rows(mesh, batch_size)
             for step in range(start, stop):
-                item = (step, to_global(rows_of(step, rows), rows, mesh, batch_size))
+                try:
+                    local = rows_of(step, rows)
+                except OSError as error:  # a disk or a mount that went away
+                    raise DataError(f"step {step}: its batch could not be read ({error.filename or 'data'}: "
+                                    f"{error.strerror or error}); mend that, and run the same command again") from error
+                item = (step, to_global(local, rows, mesh, batch_size))
                 if not self._put(item):
                     return
             self._put(None)
@@ -85,7 +91,7 @@ class Loader:
 
     def close(self) -> None:
         self._closed.set()
-        self._thread.join()
+        self._thread.join(5.0)  # a read that hangs must not keep the process; the thread is a daemon
 
     def __enter__(self) -> "Loader":
         return self

@@ -19,6 +19,7 @@ from typing import Any
 
 from lmjax.errors import CheckpointError
 from lmjax.records import (
+    Lines,
     Record,
     format_bytes,
     format_count,
@@ -195,7 +196,8 @@ class RunLog:
     """Everything a run says. Use it in a `with` block, so that the terminal is given back after an exception.
 
     Only the main process speaks: with is_main=False every method does nothing and no file is touched.
-    Raises CheckpointError when the folder cannot be written or its metrics.jsonl is damaged.
+    Raises CheckpointError when the folder cannot be written or its metrics.jsonl is damaged. Once it is open, a disk
+    that fills up is told and waited for.
     """
 
     def __init__(
@@ -212,8 +214,8 @@ class RunLog:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             rewind(self.folder / "metrics.jsonl", resume_step)
-            self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8", newline="\n")
-            self._text = open(self.folder / "log.txt", "a", encoding="utf-8", errors="replace", newline="\n")
+            self._metrics = Lines(self.folder / "metrics.jsonl")
+            self._text = Lines(self.folder / "log.txt")
         except OSError as e:
             fix = "check the path, its permissions and the free space"
             raise CheckpointError(f"{folder}: cannot write the run's log ({e.strerror}); {fix}") from None
@@ -236,8 +238,7 @@ class RunLog:
         if self._metrics is None:
             return
         record = {"kind": kind, "step": int(step), **plain(values)}
-        self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
-        self._metrics.flush()
+        self._append(self._metrics, json.dumps(record, allow_nan=False))
         if kind in ("train", "eval", "sample"):
             group = str(record.get("split", "eval")) if kind == "eval" else kind
             numbers = revive(plain(values)) if kind != "sample" else plain(values)
@@ -284,8 +285,30 @@ class RunLog:
         self._metrics = None
 
     def _print(self, text: str, columns: Sequence[tuple[str, str]] | None = None) -> None:
-        self._text.write(text + "\n")
-        self._text.flush()
+        self._append(self._text, text)
+        self._show(text, columns)
+
+    def _append(self, lines: Lines, text: str) -> None:
+        """A disk that is full, or gone, ends no run: lines wait in memory until they can be written."""
+        before, now = lines.problem, lines.append(text)
+        if now != before:
+            self._show(f"{lines.path}: cannot be written ({now}); its lines wait in memory" if now else
+                       f"{lines.path}: written again")
+
+    def sync(self) -> None:
+        """What was recorded so far is on the disk when this returns, unless the disk is full."""
+        if self._metrics is not None:
+            self._metrics.sync()
+
+    def go_back(self, step: int) -> None:
+        """Drops what was recorded after `step`: a run that goes back does those steps again."""
+        self.step, self._printed = step, None
+        if self._metrics is not None:
+            self._metrics.close()
+            rewind(self.folder / "metrics.jsonl", step)
+            self._metrics = Lines(self.folder / "metrics.jsonl")
+
+    def _show(self, text: str, columns: Sequence[tuple[str, str]] | None = None) -> None:
         if self._live:
             self._live.print(text, columns)
         elif not self._mute:

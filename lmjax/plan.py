@@ -35,7 +35,8 @@ class Plan:
 
 def make_plan(config: RunConfig, tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> Plan:
     """The plan of a run whose model.vocab_size is set."""
-    state = jax.eval_shape(make_init(lambda key: Decoder(config.model, key), tx), jax.random.key(0))
+    state = jax.eval_shape(make_init(lambda key: Decoder(config.model, key), tx, config.guard),
+                           jax.random.key(0))
     c = config.model.filled()
     matrices = sum(math.prod(leaf.shape) for name, leaf in named_leaves(state.params).items()
                    if name.startswith("blocks/") and re.search(r"_(D[A-Z]+|[A-Z]+D)$", name))

@@ -8,6 +8,7 @@ Floats are written with the shortest digits that read back exactly. JSON has no 
 are the strings "nan", "inf" and "-inf"; `read_metrics` turns them back into floats.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -162,6 +163,41 @@ def replace_file(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
+class Lines:
+    """A file that grows by whole lines. What cannot be written waits in memory and goes first the next time, so a disk
+    that was full for a while leaves no gap and no torn line.
+
+    problem: the system's words for why lines wait, or "". Raises OSError only when the file cannot be opened.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.problem, self._waiting = path, "", b""
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def append(self, text: str) -> str:
+        """Adds a line; returns `problem`."""
+        self._waiting += text.encode("utf-8", "replace") + b"\n"
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._file, self._waiting):]
+            self.problem = ""
+        except OSError as error:
+            self.problem = error.strerror or str(error)
+        return self.problem
+
+    def sync(self) -> None:
+        with contextlib.suppress(OSError):
+            os.fsync(self._file)
+
+    def close(self) -> None:
+        """Raises OSError if lines still wait."""
+        try:
+            if self._waiting:
+                os.write(self._file, self._waiting)
+        finally:
+            os.close(self._file)
+
+
 def rewind(path: Path, resume_step: int) -> None:
     """Drop what was recorded after `resume_step`, and a torn last line: those steps will be run again.
 
@@ -214,7 +250,8 @@ def _evaluations(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
 
 
 def summary(
-    records: Sequence[Record], folder: Path | str | None = None, next_commands: Sequence[str] = ()
+    records: Sequence[Record], folder: Path | str | None = None, next_commands: Sequence[str] = (),
+    times: Mapping[str, float] | None = None,
 ) -> Record:
     """A run in one dict, from its records. Values that the records do not tell are None.
 
@@ -222,7 +259,8 @@ def summary(
     first record of each attempt where there are others (that one waits for the compiler); train_loss (the
     last, nats per token), mfu (median), memory_bytes (peak); evals {split: {first, best, last: {step, loss,
     perplexity, bits_per_byte}, improvement_percent}}; resumes (how often the run was continued), parameters,
-    devices, folder, and next (commands to try).
+    devices, folder, and next (commands to try). skipped: updates that were not made; goodput: the share of `step` in
+    times, the seconds of each phase over all attempts (`lmjax.phases.goodput`).
     """
     tries = [[r for r in attempt if r["kind"] == "train"] for attempt in attempts(records)]
     train = [r for t in tries for r in t]
@@ -252,6 +290,9 @@ def summary(
         "resumes": max(0, sum(r["kind"] == "start" for r in records) - 1),
         "parameters": start.get("parameters"),
         "devices": start.get("devices"),
+        "skipped": last.get("skipped"),
+        "goodput": times["step"] / sum(times.values()) if times and times.get("step") else None,
+        "times": dict(times or {}),
         "folder": None if folder is None else str(folder),
         "next": [*report, *next_commands],
     }
@@ -278,6 +319,13 @@ def format_summary(s: Mapping[str, Any]) -> str:
         ("peak memory", format_bytes(s["memory_bytes"])),
         ("train loss", f"{_number(s['train_loss'])} (last)"),
     ]
+    if s.get("skipped"):
+        rows.append(("skipped", f"{s['skipped']} updates"))
+    if s.get("goodput") is not None:
+        whole = sum(s["times"].values())
+        parts = sorted(s["times"].items(), key=lambda item: -item[1])
+        rows.insert(3, ("goodput", f"{100 * s['goodput']:.0f}% steps of {format_duration(whole)}: " + ", ".join(
+            f"{name} {100 * t / whole:.0f}%" for name, t in parts if t >= 0.005 * whole and name != "step")))
     for split, e in s["evals"].items():
         for name in ("loss", "perplexity", "bits_per_byte"):
             if all(row is None or row[name] is None for row in (e["first"], e["best"], e["last"])):

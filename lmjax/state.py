@@ -1,4 +1,4 @@
-"""The state of a run, step, params and opt_state, and how it is born on a mesh.
+"""The state of a run, step, params, opt_state and guard, and how it is born on a mesh.
 
 There is no random state and no data position in it: both are functions of (seed, step).
 """
@@ -14,17 +14,20 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from lmjax.axes import weight_spec
+from lmjax.guard import GuardConfig, GuardState, fresh_guard
 from lmjax.tree import map_with_name
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """step: int32 scalar, updates done. params: nested dict of float32 arrays. opt_state: Optax's."""
+    """step: int32 scalar, steps done. params: nested dict of float32 arrays. opt_state: Optax's. guard: what is
+    remembered to tell bad updates."""
 
     step: jax.Array
     params: Any
     opt_state: Any
+    guard: GuardState
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
@@ -34,20 +37,20 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
         lambda name, leaf: NamedSharding(mesh, weight_spec(name.rpartition("/")[2], leaf.shape, mesh)), tree)
 
 
-def make_init(build: Callable[[jax.Array], nnx.Module],
-              tx: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
+def make_init(build: Callable[[jax.Array], nnx.Module], tx: optax.GradientTransformation,
+              guard: GuardConfig | None = None) -> Callable[[jax.Array], TrainState]:
     """A function of a PRNG key that makes the state at step 0, the same bits on any mesh. Jit it with
     `shardings` as out_shardings, so that no weight ever exists whole on one device."""
 
     def init(key: jax.Array) -> TrainState:
-        return fresh_state(nnx.to_pure_dict(nnx.split(build(key))[1]), tx)
+        return fresh_state(nnx.to_pure_dict(nnx.split(build(key))[1]), tx, guard)
 
     return init
 
 
-def fresh_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
+def fresh_state(params: Any, tx: optax.GradientTransformation, guard: GuardConfig | None = None) -> TrainState:
     """The state at step 0 of a run that begins with these weights."""
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), fresh_guard(guard or GuardConfig()))
 
 
 def graphdef(build: Callable[[jax.Array], nnx.Module]) -> nnx.GraphDef:

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmjax.axes import constrain
+from lmjax.guard import judge
 from lmjax.state import TrainState
 from lmjax.tree import global_norm
 
@@ -53,26 +54,39 @@ def gradient_sums(loss: Loss, graphdef: nnx.GraphDef, params: Any, batch: dict[s
     return jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))[0]
 
 
+def _where(good: jax.Array, new: Any, old: Any) -> Any:
+    """`new` where the update is good, else `old`; the schedule's count of steps goes on either way."""
+    def is_schedule(x):
+        return isinstance(x, optax.ScaleByScheduleState)
+    return jax.tree.map(lambda n, o: n if is_schedule(n) else jnp.where(good, n, o), new, old, is_leaf=is_schedule)
+
+
 def make_train_step(loss: Loss, graphdef: nnx.GraphDef, tx: optax.GradientTransformation,
                     schedule: optax.Schedule, *, seed: int, accumulate: int, shardings: TrainState,
-                    ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict]]:
+                    sigmas: float = 0.0) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict]]:
     """train_step(state, batch) -> (state, metrics); `state` is donated.
 
     metrics maps a name to (sum, weight), float32 scalars on every device: the value is sum / weight.
-    A batch whose weights are all zero gives zero gradients, not NaN.
+    A batch whose weights are all zero gives zero gradients, not NaN. An update that `lmjax.guard` calls bad is not
+    made: weights and moments stay, the step and the learning rate's schedule go on.
     """
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, weight, metrics = gradient_sums(loss, graphdef, state.params, batch, key, accumulate)
         grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-8), grads)
+        norm = global_norm(grads)
+        total, share = metrics["loss"]
+        good, guard = judge(sigmas, state.guard, total / jnp.maximum(share, 1e-8), norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = _where(good, optax.apply_updates(state.params, updates), state.params)
+        opt_state = _where(good, opt_state, state.opt_state)
         one = jnp.float32(1)
-        metrics |= {"weight": (weight, one), "grad_norm": (global_norm(grads), one),
-                    "param_norm": (global_norm(params), one),
-                    "lr": (jnp.asarray(schedule(state.step), jnp.float32), one)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        metrics |= {"weight": (weight, one), "grad_norm": (norm, one), "param_norm": (global_norm(params), one),
+                    "lr": (jnp.asarray(schedule(state.step), jnp.float32), one),
+                    "skipped": (guard.skipped.astype(jnp.float32), one),
+                    "skipped_in_row": (guard.in_row.astype(jnp.float32), one)}
+        return TrainState(state.step + 1, params, opt_state, guard), metrics
 
     mesh = jax.tree.leaves(shardings)[0].mesh
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))

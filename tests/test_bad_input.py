@@ -183,7 +183,7 @@ def test_shards_of_another_tokenizer(config, capsys):
 
 def test_batch_with_all_weights_zero(config, capsys):
     """Documents of no token at all but their ends: with k = 2 and a context of 1 some batch loses everything."""
-    import lmjax.train as train_module
+    import lmjax.train.loop as train_module
 
     original = train_module.Batches.batch
 

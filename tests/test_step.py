@@ -116,7 +116,7 @@ def test_compute_options_change_nothing_but_rounding(one_device):
 
 
 def test_an_option_that_xla_does_not_know_is_left_out():
-    from lmjax.train import compile_step
+    from lmjax.train.compiling import compile_step
 
     said = []
     log = type("Log", (), {"say": lambda self, text: said.append(text)})()

@@ -2,7 +2,7 @@
 
 What lives here: the byte-level default, any Hugging Face `tokenizer.json` (file, folder or Hub id), and
 training a byte-level BPE. What does not: where text comes from (`sources`), how tokens are stored
-(`prepare`), and the use of chat templates (they are only kept).
+(`prepare`), and the use of chat templates (`chat`; here they are only kept).
 
 Every tokenizer has a `fingerprint` (sha256 of its whole definition), so that shards, checkpoints and
 configs can tell whether they speak of the same one.

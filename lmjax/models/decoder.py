@@ -125,13 +125,15 @@ class ComputeConfig:
     only each block's input, "dots" keeps the outputs of matrix products. attention: "auto", "reference",
     "blockwise", or "cudnn" (NVIDIA GPUs, bfloat16, no soft-cap). layers: "scan" compiles one layer (or one
     period of the window pattern) and loops over it, "unroll" compiles them all, which a CPU runs a little
-    faster; "auto" unrolls a few layers on a CPU.
+    faster; "auto" unrolls a few layers on a CPU. deterministic: GPUs give the same bits every time, a little
+    slower (XLA's --xla_gpu_deterministic_ops); TPUs and CPUs always do.
     """
 
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
     layers: str = "auto"
+    deterministic: bool = False
 
     def problems(self, prefix: str = "compute") -> list[str]:
         choices = {"dtype": ("float32", "bfloat16"), "remat": tuple(REMAT),

@@ -48,6 +48,8 @@ code, kbd { font-size: 0.9em; }
   display: block; color: var(--soft); font-size: 12.5px; font-weight: 400; letter-spacing: 0;
 }
 dl { margin: 0; }
+.account { display: flex; height: 22px; margin: 4px 0 12px; overflow: hidden; border-radius: 5px; gap: 1px; }
+.account i { min-width: 1px; }
 
 .charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 18px; margin-top: 18px; }
 figure, .card {

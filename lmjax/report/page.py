@@ -26,6 +26,7 @@ from lmjax.records import (
     format_count,
     format_duration,
 )
+from lmjax.report.account import account
 from lmjax.report.assets import SCRIPT, STYLE
 from lmjax.report.charts import NEUTRAL, Series, escape, line_chart
 from lmjax.report.runs import Run, differing, read_runs
@@ -310,6 +311,12 @@ def _history(run: Run) -> list[str]:
     return lines
 
 
+def _accounts(runs: Sequence[Run]) -> str:
+    parts = "".join(account(run.name if len(runs) > 1 else "", run.summary["times"]) for run in runs)
+    about = '<p class="caption">Every second of every attempt, from the first start to the last sign of life.</p>'
+    return f"<h2>Where the time went</h2>{about}{parts}" if parts else ""
+
+
 def _environment(runs: Sequence[Run]) -> str:
     out = ["<h2>Environment and history</h2>"]
     for i, run in enumerate(runs):
@@ -345,6 +352,7 @@ def _page(runs: Sequence[Run]) -> str:
 {_numbers(runs)}
 <h2>Curves</h2>
 {_charts(runs)}
+{_accounts(runs)}
 {_samples(runs)}
 {_config(runs)}
 {_environment(runs)}

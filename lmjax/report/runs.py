@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lmjax.errors import CheckpointError
+from lmjax.phases import goodput
 from lmjax.records import Record, read_metrics, summary
 
 
@@ -65,7 +66,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     for folder, name in zip(folders, names, strict=True):
         records = read_metrics(folder)
         config, environment = (_read_json(folder / f) for f in ("config.json", "environment.json"))
-        told = summary(records, folder)
+        told = summary(records, folder, times=goodput(folder))
         runs.append(Run(name, records, told, _flatten(config), _flatten(environment)))
     return runs
 

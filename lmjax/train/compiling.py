@@ -1,0 +1,43 @@
+"""The train step made into a program, and its profile."""
+
+import time
+from pathlib import Path
+
+import jax
+
+from lmjax.log import RunLog, format_bytes, format_duration
+from lmjax.process import release_freed_memory
+
+# Options of XLA that are known to help, by platform: overlap of communication with computation, for more than one GPU.
+XLA_OPTIONS = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": True}}
+
+
+def compile_step(train_step, state, batch, log: RunLog, options: dict | None = None):
+    """The step compiled ahead of its first call, so that compile time is told and paid once. An option that this
+    XLA does not know is told and left out."""
+    began = time.perf_counter()
+    devices = jax.tree.leaves(state)[0].sharding.mesh.devices.flatten()
+    if options is None:
+        options = dict(XLA_OPTIONS.get(devices[0].platform, {})) if len(devices) > 1 else {}
+    with jax.transfer_guard("allow"):
+        lowered = train_step.lower(state, batch)
+        try:
+            compiled = lowered.compile(compiler_options=options or None)
+        except jax.errors.JaxRuntimeError as error:
+            if not options or "No such compile option" not in str(error):
+                raise
+            log.say(f"this XLA lacks one of {', '.join(options)}; compiling without")
+            compiled = lowered.compile()
+    release_freed_memory()
+    analysis = compiled.memory_analysis()
+    temp = f", {format_bytes(analysis.temp_size_in_bytes)} of temporaries a device" if analysis else ""
+    log.say(f"compiled in {format_duration(time.perf_counter() - began)}{temp}")
+    return compiled
+
+
+def end_profile(metrics, folder: Path, log: RunLog) -> None:
+    """Waits for the step that is running, then writes the trace."""
+    jax.block_until_ready(metrics)
+    jax.profiler.stop_trace()
+    log.say(f"profile written to {folder}: open it with `xprof {folder}` (pip install xprof), or its "
+            "perfetto_trace.json.gz at https://ui.perfetto.dev")

@@ -1,0 +1,98 @@
+"""What a run says about itself: at its start, when it continues, and before it exists (--dry-run)."""
+
+import json
+import os
+import platform
+import sys
+
+import jax
+
+from lmjax import flops
+from lmjax.axes import abstract_mesh
+from lmjax.checkpoint import flatten, versions
+from lmjax.config import RunConfig, fit_vocabulary, ignored, to_json, validate
+from lmjax.data import Batches, Corpus, Progress, load_tokenizer
+from lmjax.log import RunLog, format_count
+from lmjax.models.decoder import scan_layers
+from lmjax.nn.attention import choose_attention
+from lmjax.optim import make_optimizer
+from lmjax.plan import describe, make_plan, parameter_table
+
+
+def environment(devices) -> dict:
+    return versions() | {"devices": f"{len(devices)} x {devices[0].device_kind}", "platform":
+                         platform.platform(), "processes": jax.process_count(), "cpus": os.cpu_count()}
+
+
+def say_preparing(done: Progress) -> None:
+    """One line that rewrites itself on a terminal, and nothing in a log until the corpus is whole."""
+    share = f"{done.bytes / done.total_bytes:.0%}  " if done.total_bytes else ""
+    finished = done.bytes == done.total_bytes
+    if sys.stdout.isatty() or finished:
+        print(f"\rpreparing data  {share}{done.documents:,} documents, {format_count(done.tokens)} tokens",
+              end="\n" if finished else "", flush=True)
+
+
+def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Batches, devices) -> None:
+    """The card at the start of a run: what runs where, and why."""
+    platform_name = devices[0].platform
+    attention, why = choose_attention(config.compute.attention, config.seq_len)
+    scanned, why_scanned = scan_layers(config.compute.layers, config.model.num_layers)
+    peak = flops.peak(devices[0].device_kind, config.compute.dtype)
+    mfu = "MFU against its bfloat16 peak" if peak else "MFU n/a: its peak in this dtype is not known"
+    goldfish = config.objective.goldfish
+    log.say("\n".join([
+        f"lmjax {versions()['lmjax']}  jax {versions()['jax']}  run folder {config.folder}",
+        f"devices      {len(devices)} x {devices[0].device_kind} ({platform_name}); {mfu}",
+        describe(plan, config),
+        f"compute      {config.compute.dtype}, remat {config.compute.remat}, attention {attention} ({why}), "
+        f"{'scanned' if scanned else 'unrolled'} layers ({why_scanned})",
+        f"data         {batches.rows_per_epoch:,} training rows, "
+        f"{batches.epoch(config.steps):.2f} epochs; tokenizer "
+        f"{corpus.tokenizer.name} ({corpus.tokenizer.vocab_size:,} tokens)",
+        *([f"weights      initially those of {config.init_from}"] if config.init_from else []),
+        f"objective    goldfish {goldfish.strategy}"
+        + (f", one target in {goldfish.k} dropped" if goldfish.strategy != "none" else ""),
+        "",
+        parameter_table(plan),
+        *(f"warning: {text}" for text in ignored(config)),
+        "",
+    ]))
+
+
+CHANGES = {  # what it means to change these between a save and a resume
+    "steps": "the schedule now ends there",
+    "optim": "from here on, so the run is no longer what its config alone gives",
+    "mesh": "the run goes on within rounding, not bit for bit",
+    "compute": "the run goes on within rounding, not bit for bit",
+}
+
+
+def say_resume(log: RunLog, config: RunConfig, saved_meta: dict, first: int) -> None:
+    """Says where a run continues, and which free settings differ from when it was saved."""
+    log.say(f"continuing from step {first}")
+    saved, now = saved_meta["config"], to_json(config)
+    before, after = flatten(saved), flatten(now)
+    for name in sorted(before.keys() | after.keys()):
+        section = name.partition(".")[0]
+        if section in CHANGES and before.get(name) != after.get(name):
+            log.say(f"{name} was {before.get(name)} and is {after.get(name)}: {CHANGES[section]}")
+    old = saved_meta["versions"]
+    changed = [f"{k} {old.get(k)} -> {v}" for k, v in versions().items() if old.get(k) != v]
+    if changed:
+        log.say(f"versions differ ({', '.join(changed)}): the run goes on within rounding, not bit for bit")
+
+
+def dry_run(config: RunConfig, num_devices: int = 0) -> str:
+    """The resolved config, mesh, shardings, bytes and FLOPs, with nothing allocated and no data prepared.
+
+    num_devices: plan for so many; 0 for those of this machine.
+    """
+    num_devices = num_devices or jax.device_count()
+    validate(config, num_devices)
+    name = config.data.tokenizer
+    size = config.data.bpe_vocab_size if name == "bpe" else load_tokenizer(name).vocab_size
+    config = fit_vocabulary(config, name, size)
+    plan = make_plan(config, make_optimizer(config.optim, config.steps)[0], abstract_mesh(config.mesh, num_devices))
+    return "\n".join([json.dumps(to_json(config), indent=2), "", describe(plan, config), "",
+                      parameter_table(plan)])
