@@ -165,7 +165,7 @@ def test_no_secret_of_the_environment_is_kept_or_printed(run):
     words = [*CANARIES.values(), "canary"]
     assert not holding(folder, words) and not [word for word in words if word in printed]
     kept = {path.name for path in (folder / "runs" / "tiny").rglob("*")}
-    assert {"config.json", "environment.json", "metrics.jsonl", "metadata"} <= kept, "there was something to look into"
+    assert {"config.json", "environment.json", "metrics.jsonl", "meta.json"} <= kept, "there was something to look into"
     # Known wrong: the whole environment beside the run, as some tools write it.
     (folder / "planted.json").write_text(json.dumps(dict(os.environ | CANARIES)))
     assert len(holding(folder, CANARIES.values())) == len(CANARIES)

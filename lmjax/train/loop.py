@@ -36,7 +36,7 @@ from lmjax.train.compiling import compile_step, end_profile
 from lmjax.train.meter import Meter
 from lmjax.train.repair import GoBack, Lineage, cause, rechecked
 from lmjax.train.stopping import StopSignals
-from lmjax.train.words import environment, say_preparing, say_resume, say_start
+from lmjax.train.words import environment, say_preparing, say_resume, say_start, say_used
 
 
 def train(config: RunConfig, profile: int = 0) -> Path:
@@ -67,7 +67,8 @@ def train(config: RunConfig, profile: int = 0) -> Path:
 
         # ---- Data -------------------------------------------------------------------------------------
         with phases("prepare"):
-            corpus = prepare_all(config.data, progress=say_preparing if is_main else None)
+            corpus = prepare_all(config.data, progress=say_preparing if is_main else None,
+                                 tell=print if is_main else None)
             hosts.same_everywhere(corpus_fingerprints(corpus))
         tokenizer = corpus.tokenizer
         config = fit_vocabulary(config, config.data.tokenizer, tokenizer.vocab_size)
@@ -118,6 +119,8 @@ def train(config: RunConfig, profile: int = 0) -> Path:
             save_json(folder / "environment.json", environment(devices))
             tokenizer.save(folder / "tokenizer.json")
         say_start(log, config, plan, corpus, batches, devices)
+        for note in corpus.notes:
+            log.say(note)
         if restored is not None:
             say_resume(log, config, saved_meta, first)
         if first < config.steps:
@@ -238,6 +241,7 @@ def train(config: RunConfig, profile: int = 0) -> Path:
             log.say(f"{folder} is complete at step {first}; nothing to do. Raise --steps to train on.")
         elif is_main:
             phases.write(force=True)
+            say_used(log, batches, lineage.ranges(config.steps))
             commands = [f"lmjax generate {folder} --prompt '…'"]
             log.close(summary(read_metrics(folder), folder, commands, goodput(folder)))
     return folder
