@@ -4,7 +4,7 @@
 #     launch/restart.sh [--dry-run] [--limit=20] [--pause=5] [--few=1,139] [--stop=CODES] [--lasting=600] COMMAND …
 #
 # The exit codes are those of docs/reliability.md:
-#     6, 134, 137, 143    stuck, a peer died, killed, told to stop by others than you: again
+#     6, 9, 134, 137, 143 stuck, a peer died, killed, told to stop by others than you: again
 #     --few               by default a bug, with or without a traceback: again, three times in a row at most
 #     all others          done, or a mistake in config, data, run folder or devices: the loop ends with the same code
 # --stop takes codes out of the first two lines. The pause between two attempts starts with --pause seconds and doubles,
@@ -14,7 +14,7 @@
 set -um # with job control, so that a Ctrl-C at the terminal is not sent to the command a second time
 source "$(dirname -- "${BASH_SOURCE[0]}")/shared.sh"
 
-again=' 6 134 137 143 ' few=' 1 139 ' stop='' limit=20 pause=5 lasting=600
+again=' 6 9 134 137 143 ' few=' 1 139 ' stop='' limit=20 pause=5 lasting=600
 while (($#)); do
     case $1 in
         --dry-run) dry_run=1 ;;

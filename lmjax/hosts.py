@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from lmjax.errors import CheckpointError, HostsError, UserError
+from lmjax.errors import CheckpointError, HostsError, PeerLostError, UserError
 
 VARIABLES = ("LMJAX_COORDINATOR", "LMJAX_PROCESSES", "LMJAX_PROCESS")
 HEARTBEAT_SECONDS = 20  # a peer that is silent for so long is dead; JAX's own default is 100
@@ -140,7 +140,7 @@ def start(seconds: float) -> None:
     if given or "Slurm" in kind or "MPI" in kind:
         arguments["local_device_ids"] = local_devices(os.environ)
     try:
-        jax.distributed.initialize(initialization_timeout=max(1, int(seconds)),
+        jax.distributed.initialize(initialization_timeout=max(1, int(seconds)), shutdown_timeout_seconds=60,
                                    heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **arguments)
     except Exception as error:  # jaxlib raises several kinds
         where = f"process {given[2]} of {given[1]}, coordinator {given[0]}" if given else kind
@@ -186,7 +186,7 @@ def is_main() -> bool:
 
 
 def gather_bytes(data: bytes) -> list[bytes]:
-    """What every process gave, in order of processes. Every process must call it; HostsError if one is gone."""
+    """What every process gave, in order of processes. Every process must call it; PeerLostError if one is gone."""
     if not several():
         return [data]
     import numpy as np
@@ -209,8 +209,7 @@ def _gather(array):
         with jax.transfer_guard("allow"):
             return np.asarray(multihost_utils.process_allgather(array))
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # JAX 0.12 raises the second
-        raise HostsError(f"the processes can no longer exchange data ({str(error).splitlines()[0][:160]}); another one "
-                         "has died or left, see its log; start all of them again to continue") from None
+        raise peer_lost(error) or error from None
 
 
 def gather_text(text: str) -> list[str]:
@@ -246,15 +245,34 @@ def several() -> bool:
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
+def peer_lost(error: Exception, where: str = "") -> PeerLostError | None:
+    """What to raise where an error is how this process learns that another one is gone; None where it is not."""
+    import jax
+
+    # JAX 0.12 raises ValueError for some of them.
+    if not several() or isinstance(error, UserError) or not (
+            isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)):
+        return None
+    return PeerLostError(f"{where}the processes can no longer exchange data ({str(error).splitlines()[0][:160]}); "
+                         "another one has died or left, see its log; start all of them again to continue")
+
+
 def leave(code: int) -> None:
-    """Ends a process of several that has failed, at once: an ordinary exit waits five minutes for the others, who wait
-    for this one. They see that it is gone. Does nothing with one process, or where all of them stopped together."""
-    if not several() or code in (130, 143):
-        return
+    """Ends this process, and waits for nobody that may never come.
+
+    An ordinary exit waits for the threads of a save that has failed, and, with several processes, five minutes for the
+    others, who wait for this one. Those that end together, done or stopped, say goodbye first; one that fails goes at
+    once, and the others see that it is gone.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    if is_main():
-        time.sleep(2)  # it holds the coordinator: others that fail for the same reason say so first
+    if several():
+        import jax
+
+        if code in (0, 130, 143):
+            jax.distributed.shutdown()
+        elif is_main():
+            time.sleep(2)  # it holds the coordinator: others that fail for the same reason say so first
     os._exit(code)
 
 

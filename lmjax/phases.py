@@ -121,7 +121,8 @@ class Phases:
                 faulthandler.cancel_dump_traceback_later()
                 self._armed = 0.0
         elif not self._armed or abs(deadline - self._armed) > 1:
-            faulthandler.dump_traceback_later(max(deadline - now, 0) + GRACE, exit=True, file=2)
+            with contextlib.suppress(RuntimeError):  # no thread can be started: the other watchdog has to do
+                faulthandler.dump_traceback_later(max(deadline - now, 0) + GRACE, exit=True, file=2)
             self._armed = deadline
 
     def _watch(self) -> None:
@@ -129,19 +130,22 @@ class Phases:
             name, deadline = self._stack[-1]
             if deadline is not None and time.monotonic() > deadline:
                 self._end(name)
-            self.write()
+            with contextlib.suppress(Exception):  # no memory, say: the watchdog must outlive everything else
+                self.write()
 
     def _end(self, name: str) -> None:
         limit = getattr(self.limits, name)
         text = (f"lmjax: stuck: the phase '{name}' takes longer than limits.{name}={limit:g} seconds, at step "
                 f"{self.step}; this process ends, and the same command continues from the newest checkpoint\n")
-        self._dump(os.dup(2), text)
-        if self.folder is not None:  # it may be on the very mount that hangs, so it is not waited for
-            path = self.folder / f"stuck-{os.getpid()}.txt"
-            keep = threading.Thread(target=self._dump, args=(path, text), daemon=True)
-            keep.start()
-            keep.join(1.0)
-        os._exit(STUCK)
+        try:
+            self._dump(os.dup(2), text)
+            if self.folder is not None:  # it may be on the very mount that hangs, so it is not waited for
+                path = self.folder / f"stuck-{os.getpid()}.txt"
+                keep = threading.Thread(target=self._dump, args=(path, text), daemon=True)
+                keep.start()
+                keep.join(1.0)
+        finally:  # also where no thread can be started any more
+            os._exit(STUCK)
 
     @staticmethod
     def _dump(where: Path | int, text: str) -> None:

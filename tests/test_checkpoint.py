@@ -218,7 +218,8 @@ def test_copies_that_differ_are_found():
     values[2][1] = 1e-30
     array = jax.make_array_from_single_device_arrays(
         (5,), whole, [jax.device_put(v, d) for v, d in zip(values, jax.devices(), strict=False)])
-    found = unequal_copies({"w": array, "right": jax.device_put(np.ones(3), whole)})
+    with jax.set_mesh(mesh):
+        found = unequal_copies({"w": array, "right": jax.device_put(np.ones(3), whole)})
     assert len(found) == 1 and found[0].startswith("w on") and "2" in found[0]
 
 
@@ -274,9 +275,10 @@ def test_a_save_is_left_out_while_an_earlier_one_is_slow(state, tmp_path, monkey
     with Checkpoints(tmp_path, CheckpointConfig(patience=0.01), warn=told.append) as checkpoints:
         checkpoints.save(1, state, META)
         checkpoints.save(2, state, META)
-        go.set()
+        threading.Timer(0.3, go.set).start()
+        checkpoints.save(3, state, META, last=True)
     assert len(told) == 1 and "step 2 is not saved: step 1 is still being written" in told[0]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3"], "the last one is waited for"
 
 
 def test_what_was_left_half_done_is_cleared_and_strange_names_are_let_be(state, tmp_path):

@@ -11,7 +11,7 @@ from jax._src.clusters import cloud_tpu_cluster
 from jax.experimental import multihost_utils
 
 from lmjax import hosts
-from lmjax.errors import HostsError
+from lmjax.errors import HostsError, PeerLostError
 from lmjax.hosts import METHODS, bind_address, detected, explicit, gather_text, local_devices, same_everywhere
 
 ALL = {"LMJAX_COORDINATOR": "10.0.0.1:8476", "LMJAX_PROCESSES": "4", "LMJAX_PROCESS": "3"}
@@ -176,7 +176,7 @@ def test_start_says_what_is_known_and_no_more(world, monkeypatch):
     assert started(monkeypatch) == {
         "coordinator_address": "10.0.0.1:8476", "num_processes": 4, "process_id": 3, "local_device_ids": [],
         "coordinator_bind_address": None, "cluster_detection_method": "deactivate", "initialization_timeout": 30,
-        "heartbeat_timeout_seconds": hosts.HEARTBEAT_SECONDS}
+        "heartbeat_timeout_seconds": hosts.HEARTBEAT_SECONDS, "shutdown_timeout_seconds": 60}
     world(SLURM)
     given = started(monkeypatch, 0.5)
     assert (given["cluster_detection_method"], given["local_device_ids"]) == ("slurm", [1])
@@ -229,7 +229,7 @@ def test_a_peer_that_is_gone_is_no_bug_of_ours(kind, monkeypatch):
         raise kind("UNKNOWN: Gloo AllGather failed: Connection reset by peer\nand more")
     monkeypatch.setattr(hosts, "several", lambda: True)
     monkeypatch.setattr(multihost_utils, "process_allgather", fail)
-    with pytest.raises(HostsError, match="another one has died or left") as caught:
+    with pytest.raises(PeerLostError, match="another one has died or left") as caught:
         gather_text("x")
     assert "\n" not in str(caught.value)
 

@@ -6,6 +6,7 @@ each belongs is said by `test_hf_parity`, whose mapping is its own. Against tran
 
 import dataclasses
 import json
+import math
 import shutil
 import struct
 
@@ -29,6 +30,7 @@ from lmjax.interop.hf import INDEX, SINGLE, read_hf, write_hf
 from lmjax.interop.load import initial_params, open_model
 from lmjax.interop.safetensors import TensorFile, write_tensors
 from lmjax.models import Decoder, DecoderConfig, RopeScaling, preset
+from lmjax.nn.rope import rope_frequencies
 from lmjax.state import abstract_params
 from lmjax.tree import named_leaves
 
@@ -232,9 +234,13 @@ def test_both_forms_of_a_config_say_the_same(case):
 
 
 @pytest.mark.parametrize("case, changes, words", [
-    ("llama3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters.rope_type='yarn'"),
+    ("llama3", {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "rope_parameters.rope_type='longrope'"),
+    ("llama3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "truncate=False"),
+    ("llama3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0}}, "attention_factor=0"),
+    ("llama3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "finetuned": True}}, "finetuned=True"),
     ("llama3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}}, "beta_fast=32"),
-    ("llama3", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type='dynamic'"),
+    ("llama3", {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}},
+     "rope_scaling.original_max_position_embeddings=64"),
     ("llama3", {"attention_bias": True}, "attention_bias=True"), ("llama3", {"mlp_bias": True}, "mlp_bias=True"),
     ("llama3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ("llama3", {"hidden_act": "gelu_fast"}, "hidden_act='gelu_fast'"),
@@ -562,7 +568,43 @@ def test_a_run_begins_with_them_once(tmp_path):
 
 
 def test_rope_scaling_is_written_and_read():
-    for scaling in (RopeScaling("linear", 4.0), RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)):
+    for scaling in (RopeScaling("linear", 4.0), RopeScaling("llama3", 32.0, 1.0, 4.0, 8192),
+                    RopeScaling("yarn", 4.0, original_len=512),
+                    RopeScaling("yarn", 4.0, original_len=512, beta_fast=20.0, beta_slow=2.0, attention_factor=1.25),
+                    RopeScaling("dynamic", 4.0, original_len=512)):
         config = DecoderConfig(vocab_size=64, rope_scaling=scaling)
         _, written = families.choose(config)
-        assert families.read_config(written, "")[1].rope_scaling == scaling
+        _, read = families.read_config(written, "")
+        assert read.rope_scaling == scaling and read.max_seq_len == config.max_seq_len == 2048
+        other = dataclasses.replace(config, rope_scaling=dataclasses.replace(scaling, factor=3.0))
+        assert families.meaning(read) == families.meaning(config) != families.meaning(other)
+    ignored = RopeScaling("linear", 4.0, original_len=512, beta_fast=8.0)  # fields of other kinds
+    assert families.choose(DecoderConfig(vocab_size=64, rope_scaling=ignored))[1]["rope_scaling"]["factor"] == 4
+
+
+def test_ntk_scaling_is_written_as_the_theta_that_it_is():
+    config = DecoderConfig(vocab_size=64, rope_scaling=RopeScaling("ntk", 4.0))
+    _, written = families.choose(config)
+    assert written["rope_scaling"] is None and written["rope_theta"] == 10_000.0 * 4.0 ** (64 / 62)
+    _, read = families.read_config(written, "")
+    assert np.array_equal(rope_frequencies(64, read.rope_theta), rope_frequencies(64, 10_000.0, config.rope_scaling))
+
+
+def test_dynamic_scaling_has_no_room_for_another_limit():
+    config = DecoderConfig(vocab_size=64, max_seq_len=4096, rope_scaling=RopeScaling("dynamic", 4.0, original_len=512))
+    with pytest.raises(CheckpointError, match="model.max_seq_len=4096.*set it to 2048"):
+        families.choose(config)
+
+
+def test_what_yarn_leaves_out_is_as_in_transformers():
+    def read(longest=256, **section):
+        there = GOLDENS["llama3"]["config"] | {"max_position_embeddings": longest, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4} | section}
+        return families.read_config(there, "")[1].rope_scaling
+
+    assert read(original_max_position_embeddings=64) == RopeScaling("yarn", 4.0, original_len=64)
+    assert read(factor=2.0) == RopeScaling("yarn", 2.0, original_len=256)
+    scales = read(factor=40.0, mscale=0.707, mscale_all_dim=1.0, original_max_position_embeddings=64)
+    assert scales.attention_factor == pytest.approx((0.0707 * math.log(40) + 1) / (0.1 * math.log(40) + 1))
+    assert read(factor=40.0, mscale=0.707).attention_factor == 0  # one of them alone is not looked at
+    assert read(factor=2.0, beta_fast=None, beta_slow=0) == RopeScaling("yarn", 2.0, original_len=256)

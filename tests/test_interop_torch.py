@@ -1,6 +1,7 @@
 """Against transformers itself: its files give its logits here, ours give ours there. Needs torch and transformers
 (the extra "interop-test"); without them the stored tensors of `test_interop` and `test_hf_parity` have to do."""
 
+import dataclasses
 import functools
 
 import jax
@@ -58,6 +59,42 @@ def test_logits_there_and_back(case, tmp_path):
     assert same_bytes(read_hf(out)[1], params)
     swapped = dict(params, embed_VD=params["embed_VD"][::-1])
     assert np.abs(our_logits(config, swapped) - wanted).max() > 100 * TOLERANCE
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 8}
+SCALINGS = {
+    "yarn": (YARN, 32), "yarn, attention factor": (YARN | {"attention_factor": 1.5}, 32),
+    "yarn, betas": (YARN | {"beta_fast": 1.0, "beta_slow": 0.05}, 32),
+    "yarn, mscale": (YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}, 32),
+    "yarn, nothing said": ({"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0}, 8),
+    "dynamic": ({"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 3.0}, 8),
+    "dynamic, within": ({"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 3.0}, 64),
+}
+
+
+@pytest.mark.parametrize("case", SCALINGS)
+def test_context_extension_there_and_back(case, tmp_path):
+    """Rows of 24 tokens, where the model was made for 8."""
+    section, longest = SCALINGS[case]
+    class_, model_class, fields = CASES["llama3"]
+    fields = fields | {"rope_parameters": dict(section), "max_position_embeddings": longest}
+    CASES["scaled"] = class_, model_class, fields
+    try:
+        model = theirs("scaled")
+    finally:
+        del CASES["scaled"]
+    model.save_pretrained(tmp_path / "theirs")
+    config, params = read_hf(tmp_path / "theirs")
+    wanted = their_logits(model)
+    error = np.abs(our_logits(config, params) - wanted).max()
+    print(f"{case}: largest difference of logits {error:.1e}, of logits up to {np.abs(wanted).max():.1f}")
+    assert error < TOLERANCE
+    out = write_hf(tmp_path / "ours", config, params)
+    back = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager", dtype=torch.float32)
+    assert np.abs(their_logits(back) - wanted).max() < TOLERANCE  # of mscale, the attention factor that it makes
+    plain = dataclasses.replace(config, rope_scaling=None)
+    changed = np.abs(our_logits(plain, params) - wanted).max()
+    assert changed > 100 * TOLERANCE if case != "dynamic, within" else changed < TOLERANCE
 
 
 def test_tokenizer_there_and_back(tmp_path):

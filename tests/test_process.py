@@ -4,8 +4,11 @@ import os
 import stat
 import subprocess
 import sys
+import zlib
 
 import pytest
+
+from lmjax.process import drop_damaged
 
 PRINT = "import os, sys; from lmjax import process; {}; print(os.environ.get('{}'), sys.argv[1:])"
 
@@ -30,3 +33,14 @@ def test_compiled_programs_are_kept_in_the_users_own_folder(tmp_path):
     assert run(call, name, JAX_COMPILATION_CACHE_DIR="") == "['a b', '--c']", "set to nothing: nothing is kept"
     (tmp_path / "file").touch()
     assert run(call, name, XDG_CACHE_HOME=str(tmp_path / "file")).startswith("None"), "cannot be made: goes on without"
+
+
+def test_half_a_program_is_dropped(tmp_path):
+    whole = zlib.compress(os.urandom(5000))
+    flipped = whole[:99] + bytes([whole[99] ^ 1]) + whole[100:]
+    for name, data in (("a", whole), ("half", whole[:2000]), ("flip", flipped), ("zstd", b"\x28\xb5\x2f\xfd")):
+        (tmp_path / f"{name}-cache").write_bytes(data)
+    (tmp_path / "notes").write_bytes(b"\x78 no program")
+    drop_damaged(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"a-cache", "zstd-cache", "notes", "checked"}
+    drop_damaged(tmp_path / "nothing")

@@ -83,8 +83,8 @@ def test_a_resume_that_loses_the_moments_would_be_seen(tmp_path, monkeypatch):
         if stop < 40:  # stop as a kill would: the config, and with it the schedule, still says 40
             original = checkpoint_module.Checkpoints.save
 
-            def save_and_stop(self, step, state, meta):
-                original(self, step, state, meta)
+            def save_and_stop(self, step, state, meta, **kwargs):
+                original(self, step, state, meta, **kwargs)
                 if step == stop:
                     raise KeyboardInterrupt
             with monkeypatch.context() as patch:

@@ -11,7 +11,7 @@ from lmjax.chaos.lab import Lab, Outcome
 class Fault:
     """promise: a number of the issue's list in docs/reliability.md. tries: in a full round. protection: taken out of
     the run by `lmjax.chaos.child`, the fault must do harm; "" where no single one can be taken out. few: one try of it
-    belongs to the quick round."""
+    belongs to the quick round. each: faults that a try injects."""
 
     run: Callable[[Lab], Outcome]
     what: str
@@ -19,6 +19,7 @@ class Fault:
     tries: int = 1
     protection: str = ""
     few: bool = False
+    each: int = 1
 
     @property
     def name(self) -> str:
@@ -28,15 +29,15 @@ class Fault:
 K, D, N = kills, disks, insides
 RESUMES = "the same command ends the run with the same bits and record"
 FAULTS = (
-    Fault(K.kill_single, "kill -9 at a random moment", RESUMES, 60, "rewind", True),
+    Fault(K.kill_single, "kill -9 at a random moment", RESUMES, 60, "rewind"),
     Fault(K.kill_while_saving, "kill -9 while a checkpoint is written", RESUMES, 20, "", True),
-    Fault(K.kill_five_times, "kill -9 five times in one run", RESUMES, 2),
+    Fault(K.kill_five_times, "kill -9 five times in one run", RESUMES, 2, each=5),
     Fault(K.kill_rank_of_two, "kill -9 of the second of 2 processes",
           "the other ends by itself; " + RESUMES, 8, "", True),
     Fault(K.kill_leader_of_two, "kill -9 of the first of 2 processes", "the other ends by itself; " + RESUMES, 8),
     Fault(K.kill_rank_of_four, "kill -9 of one of 4 processes", "the others end by themselves; " + RESUMES, 4),
     Fault(K.kill_all_of_four, "kill -9 of 4 processes at once", RESUMES, 2),
-    Fault(K.terminate, "SIGTERM", "saves that step, exit 143, no step repeated", 6, "signals", True),
+    Fault(K.terminate, "SIGTERM", "saves that step, exit 143, no step repeated", 6, "signals"),
     Fault(K.interrupt, "Ctrl-C", "saves that step, exit 130, no step repeated", 3),
     Fault(K.terminate_one_of_two, "SIGTERM to one of 2 processes", "all save the same step, exit 143", 4),
     Fault(K.terminate_twice, "a second SIGTERM during the last save", "ends at once; " + RESUMES, 4),
@@ -50,7 +51,7 @@ FAULTS = (
     Fault(D.deleted, "one of its files deleted", "named, set aside; " + RESUMES, 3),
     Fault(D.emptied, "its folder emptied", "named, set aside; " + RESUMES, 1),
     Fault(D.power_cut, "its files full of zeros (power cut)", "named, set aside; " + RESUMES, 1),
-    Fault(D.flips_by_the_hundred, "100 flips, truncations, deletions", "every one is found", 3),
+    Fault(D.flips_by_the_hundred, "100 flips, truncations, deletions", "every one is found", 3, each=100),
     Fault(D.strays, "folders that are no checkpoints", "passed over", 1),
     Fault(D.full_disk, "disk full for a while", "training goes on, and saves again when there is room", 2, "patience"),
     Fault(D.sync_error, "fsync gives EIO once", "training goes on; that save is told", 3),
@@ -79,12 +80,13 @@ FAULTS = (
           "phase named, exit 6 in limit + 5 s; " + RESUMES, 2, "watchdog"),
     Fault(N.hang_of_one, "one of 2 processes hangs", "both end; " + RESUMES, 1),
     Fault(N.lost_data, "a read of data fails", "exit 3; " + RESUMES, 2),
-    Fault(N.broken_loader, "a bug in the loader of 2 processes", "both end, not with 0; " + RESUMES, 1, "leave"),
+    Fault(N.broken_loader, "a bug in the loader of one of 2 processes", "both end, not with 0; " + RESUMES, 1, "leave"),
     Fault(N.other_devices, "continued on 4 devices, 1, and 2 processes",
           "losses within 2e-3 of the undisturbed run", 1),
     Fault(N.other_config, "2 processes with different configs", "both exit 8 and name the field", 1),
     Fault(N.missing_process, "one of 2 processes never starts", "the other ends within its limit", 1),
     Fault(N.port_taken, "the coordinator's port is taken", "exit 8, the port named", 1),
-    Fault(N.shard_damaged, "one bit of the prepared data flipped", "exit 3, file and fix named", 2),
+    Fault(N.shard_damaged, "one bit of the prepared data flipped", "told, and made anew; " + RESUMES, 2),
+    Fault(N.given_shard_damaged, "one bit of given shards flipped", "exit 3, file and fix named", 1),
     Fault(N.secrets, "secrets in the environment, and a crash", "they are in no file and no line", 1),
 )

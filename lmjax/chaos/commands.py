@@ -39,7 +39,7 @@ def run_chaos(args: list[str]) -> int:
     chosen = [by_name[name] for name in options.faults] or list(FAULTS)
     if options.list:
         for fault in chosen:
-            print(f"{fault.name:<22}{fault.tries:>3} x  {fault.what}: {fault.promise}")
+            print(f"{fault.name:<22}{fault.tries * fault.each:>4} x  {fault.what}: {fault.promise}")
         return 0
     if options.folder and options.folder.exists() and any(options.folder.iterdir()):
         raise ConfigError(f"--folder={options.folder}: is not empty; give a new one")
@@ -72,11 +72,11 @@ def round_of(faults: list[Fault], lab: Lab, tries: int, until: float) -> list[di
             if problem is None:
                 row["skipped"] = outcome
                 break
-            row["tries"] += 1
+            row["tries"] += fault.each
             if problem:
                 row["broken"].append(problem)
             else:
-                row["survived"] += 1
+                row["survived"] += fault.each
                 row["repeated"].append(outcome.repeated)
                 row["recovery"].append(outcome.recovery)
             clean(lab)
@@ -106,7 +106,7 @@ def clean(lab: Lab) -> None:
 
 def table(rows: list[dict]) -> str:
     """The whole round, in Markdown."""
-    lines = ["| fault | tries | survived | steps repeated, at most | back after, median | promise |",
+    lines = ["| fault | times | survived | steps repeated, at most | back after, median | promise |",
              "|---|---|---|---|---|---|"]
     for row in rows:
         if not row["tries"]:

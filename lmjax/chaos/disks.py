@@ -1,5 +1,6 @@
 """Faults of storage: damaged checkpoints; disks that are full, slow, read-only or gone; folders that vanish."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -127,7 +128,7 @@ def flips_by_the_hundred(lab: Lab) -> Outcome:
 def full_disk(lab: Lab) -> Outcome:
     """The run's folder is on a disk with no room left; after some steps there is room again."""
     name = lab.name()
-    with Disk(lab.folder / f"disk-{name}", megabytes=24) as disk:
+    with Disk(lab.folder / f"disk-{name}", megabytes=48) as disk:
         root = f"--run_root={disk.path}"
         attempt = lab.start(name, root, "--checkpoint.failures=1000", fault="slow-disk@2")
         run = disk.path / name
@@ -165,16 +166,13 @@ class Disk:
         return self
 
     def fill(self) -> None:
-        with (self.path / "filler").open("wb") as file:
-            try:
-                while True:
-                    file.write(bytes(1 << 14))
-                    file.flush()
-            except OSError:
-                pass
+        with contextlib.suppress(OSError), (self.path / "filler").open("wb") as file:
+            while True:
+                file.write(bytes(1 << 14))
+                file.flush()
 
     def free(self) -> None:
-        (self.path / "filler").unlink()
+        (self.path / "filler").unlink(missing_ok=True)
 
     def __exit__(self, *_) -> None:
         subprocess.run(["umount", "-l", str(self.path)], capture_output=True)
@@ -286,8 +284,8 @@ def compiled_damaged(lab: Lab) -> Outcome:
         else:
             flip(path, lab.rng.randrange(8 * path.stat().st_size))
     outcome = lab.recover(name, time.monotonic(), reached)
-    for path in kept:
-        path.unlink(missing_ok=True)
+    text = (lab.folder / f"{name}-0.log").read_text()
+    expect("persistent compilation cache" not in text, "the damaged program was not cleared away")
     return outcome
 
 

@@ -117,9 +117,10 @@ class Lab:
         return f"run{self._names}"
 
     def start(self, name: str, *overrides: str, processes: int = 1, devices: int = 2, fault: str = "",
-              environment: dict | None = None, each: Callable[[int], Sequence[str]] = lambda _: ()) -> Attempt:
-        """`lmjax train` in `processes` processes that share `devices` devices. fault: for `child`, in every process;
-        each: further overrides of one process."""
+              faulty: int | None = None, environment: dict | None = None,
+              each: Callable[[int], Sequence[str]] = lambda _: ()) -> Attempt:
+        """`lmjax train` in `processes` processes that share `devices` devices. fault: for `child`, in every process or
+        in the one that `faulty` says; each: further overrides of one process."""
         env = {k: v for k, v in os.environ.items() if not k.startswith(("LMJAX_", "JAX_", "XLA_"))}
         env |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -128,14 +129,15 @@ class Lab:
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"}
         env |= environment or {}
         port = free_port()
-        started, logs = [], []
+        started, logs, given = [], [], " ".join(overrides)
+        standard = [] if "--mesh." in given else ["--mesh.fsdp=2"]
+        standard += [f"--steps={STEPS_OF_SEVERAL}"] if processes > 1 and "--steps=" not in given else []
         for i in range(processes):
             own = env | ({"LMJAX_COORDINATOR": f"127.0.0.1:{port}", "LMJAX_PROCESSES": str(processes),
                           "LMJAX_PROCESS": str(i)} if processes > 1 and "LMJAX_COORDINATOR" not in env else {})
             logs.append(self.folder / f"{name}-{i}.log")
-            command = [sys.executable, "-m", "lmjax.chaos.child", fault, self.without, "train", str(self.config),
-                       f"--name={name}", "--mesh.fsdp=2",
-                       *([f"--steps={STEPS_OF_SEVERAL}"] if processes > 1 else []), *overrides, *each(i)]
+            command = [sys.executable, "-m", "lmjax.chaos.child", fault if faulty in (None, i) else "", self.without,
+                       "train", str(self.config), f"--name={name}", *standard, *overrides, *each(i)]
             with logs[-1].open("w") as log:
                 started.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT,
                                                 stdin=subprocess.DEVNULL, cwd=self.folder))

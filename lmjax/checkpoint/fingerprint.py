@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from lmjax.tree import named_leaves
 
@@ -38,9 +39,17 @@ def _one(x: jax.Array) -> jax.Array:
     for axis in range(bits.ndim):
         stride = math.prod(bits.shape[axis + 1:]) % 2**32
         index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * np.uint32(stride)
-    sums = [jnp.sum(bits * (index * np.uint32(factor) | np.uint32(1)), dtype=jnp.uint32) for factor in FACTORS]
-    bad = jnp.sum(~jnp.isfinite(x), dtype=jnp.uint32) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.uint32(0)
-    return jnp.stack([*sums, bad])
+    parts = [bits * (index * np.uint32(factor) | np.uint32(1)) for factor in FACTORS]
+    finite = jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.ones(x.shape, bool)
+    bad = (~finite).astype(jnp.uint32)
+    if bits.ndim == x.ndim > 0:
+        # All three in one pass over rows, and rows side by side: 12 to 22 GB/s on two CPU cores, where three sums over
+        # everything, which XLA neither fuses nor splits, ran at 0.7.
+        zero = np.uint32(0)
+        *parts, bad = jax.lax.optimization_barrier(jax.lax.reduce(
+            (*parts, bad), (zero,) * 3, lambda a, b: tuple(jnp.add(p, q) for p, q in zip(a, b, strict=True)),
+            (bits.ndim - 1,)))
+    return jnp.stack([jnp.sum(part, dtype=jnp.uint32) for part in (*parts, bad)])
 
 
 @functools.partial(jax.jit)
@@ -66,12 +75,13 @@ def unequal_copies(tree: Any) -> list[str]:
         for shard in leaf.addressable_shards:
             copies.setdefault(str(shard.index), []).append(shard)
         for shards in copies.values():
-            values = [tuple(np.asarray(_all([s.data]))[0]) for s in shards] if len(shards) > 1 else []
-            odd = [str(s.device) for s, v in zip(shards, values, strict=False) if v != _most_common(values)]
+            values = [_on_its_device(s) for s in shards] if len(shards) > 1 else []
+            odd = [str(s.device) for s, v in zip(shards, values, strict=False) if v != max(values, key=values.count)]
             if odd:
                 found.append(f"{name} on {', '.join(odd)}")
     return found
 
 
-def _most_common(values: list) -> Any:
-    return max(values, key=values.count)
+def _on_its_device(shard: jax.Shard) -> tuple:
+    with jax.set_mesh(Mesh(np.array([shard.device]), ("one",))):  # whatever mesh the caller is in
+        return tuple(np.asarray(_all([shard.data]))[0])

@@ -38,7 +38,7 @@ PACKAGES = ("lmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grai
 # as the model, the data, the objective, the batch and the seed, must be equal.
 FREE = ("name", "run_root", "steps", "optim", "mesh", "compute", "log", "checkpoint", "evals", "limits",
         "guard.sigmas", "guard.in_row", "guard.rewinds", "guard.rewind_steps", "guard.rewind_jump", "guard.recheck",
-        "data.cache_dir", "data.workers")
+        "data.cache_dir", "data.workers", "data.verify")
 
 
 @dataclasses.dataclass
@@ -154,25 +154,23 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        try:
+        if error is None:
             self.wait()
-        except CheckpointError:
-            if error is None:
-                raise
+        elif self._saving is not None and not hosts.several():
+            self._saving.join()  # with several processes, one that fails must not wait for the others, nor talk to them
 
     # ---- saving ----------------------------------------------------------------------------------------
 
-    def save(self, step: int, state: Any, meta: dict) -> None:
+    def save(self, step: int, state: Any, meta: dict, last: bool = False) -> None:
         """Starts a save and returns once the arrays are copied. Waits up to `patience` for the save before it; if that
-        takes longer, this one is left out, and told. A save that fails is told, and training goes on, until more than
-        `failures` have failed in a row: CheckpointError.
+        takes longer, this one is left out, and told, unless it is the last. A save that fails is told, and training
+        goes on, until more than `failures` have failed in a row: CheckpointError.
 
         Raises NonFiniteError, and writes nothing, where an array holds a NaN or an infinity.
         """
         saving = self._saving
         if saving is not None:
-            saving.thread.join(self.config.patience)
-            if hosts.any_of(saving.thread.is_alive()):
+            if hosts.any_of(not saving.join(None if last else self.config.patience)):
                 if hosts.is_main():
                     self.warn(f"step {step} is not saved: step {saving.step} is still being written after "
                               f"{self.config.patience:g} s more (slow storage?)")
@@ -196,7 +194,7 @@ class Checkpoints:
         if self._saving is None:
             return
         saving, self._saving = self._saving, None
-        saving.thread.join()
+        saving.join()
         problem = next((text for text in hosts.gather_text(saving.problem) if text), "")
         self.failed = [*self.failed, problem] if problem else []
         if not problem:
@@ -228,11 +226,14 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict:
         """The JSON saved beside the arrays."""
+        path = self.folder / str(step) / manifest.META
         try:
-            return json.loads((self.folder / str(step) / manifest.META).read_bytes())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.folder / str(step)}: unreadable {manifest.META}: {_first_line(error)}"
-                                  ) from None
+            meta = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: unreadable: {_first_line(error)}") from None
+        if not isinstance(meta, dict) or meta.get("step") != step:
+            raise CheckpointError(f"{path}: is not what was saved with step {step}")
+        return meta
 
     # ---- restoring -------------------------------------------------------------------------------------
 
@@ -330,15 +331,21 @@ class _Saving:
         except Exception as error:
             self.problem = _first_line(error)
         self.thread = threading.Thread(target=self._finish, args=(writer, arrays, meta), name="save", daemon=True)
-        self.thread.start()
+        if not self.problem:
+            self.thread.start()
+
+    def join(self, seconds: float | None = None) -> bool:
+        """Waits for the end; whether it has come."""
+        if self.thread.ident is not None:
+            self.thread.join(seconds)
+        return not self.thread.is_alive()
 
     def _finish(self, writer: ocp.AsyncCheckpointer, arrays: dict, meta: dict) -> None:
         try:
-            if not self.problem:
-                writer.wait_until_finished()
-                if hosts.is_main():
-                    manifest.seal(self.folder, self.step, arrays, meta)
-                    self._rename()
+            writer.wait_until_finished()
+            if hosts.is_main():
+                manifest.seal(self.folder, self.step, arrays, meta)
+                self._rename()
         except Exception as error:
             self.problem = _first_line(error)
         with contextlib.suppress(Exception):

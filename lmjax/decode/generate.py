@@ -21,6 +21,9 @@ import numpy as np
 from flax import nnx
 
 from lmjax.axes import constrain
+from lmjax.decode import watermark as watermarks
+from lmjax.decode.loops import Loops, count_loops, no_loops
+from lmjax.decode.marks import Watermark
 from lmjax.decode.processors import (
     Active,
     History,
@@ -58,6 +61,7 @@ class State:
     keys_B: jax.Array  # PRNG key of the row; the n-th new token is drawn with fold_in(key, n)
     cache: Cache
     history: History | None  # of the penalties
+    loops: Loops | None  # of rows that are stopped when they loop
     logprob_BN: jax.Array  # float32: of each new token, before any processor; by index in tokens_BS
     top_ids_BNC: jax.Array
     top_logprob_BNC: jax.Array
@@ -79,10 +83,11 @@ class Program:
 class Completion:
     """What became of one prompt.
 
-    tokens: new ones, without the stop token. finish: "stop" (a stop token), "string" (a stop string), "length" or ""
-    (still going). text: set where the caller gave `text_of`, and cut before the stop string; `tokens` then end
-    with the token that completed it. logprobs [n]: natural logarithms under the model itself, before penalties,
-    temperature and filters; top_ids and top_logprobs [n, top] likewise.
+    tokens: new ones, without the stop token. finish: "stop" (a stop token), "string" (a stop string), "loop" (the end
+    went round a cycle; all of it is in `tokens`), "length" or "" (still going). text: set where the caller gave
+    `text_of`, and cut before the stop string; `tokens` then end with the token that completed it. logprobs [n]: natural
+    logarithms under the model itself, before penalties, temperature and filters; top_ids and top_logprobs [n, top]
+    likewise.
     """
 
     tokens: np.ndarray
@@ -121,7 +126,8 @@ def _prefill(params, head_VD, tokens_BT, lengths_B, keys_B, settings, stop_ids, 
         history = remember_prompt(program.active, tokens_BS, lengths_B, T, model.config.vocab_size, breakers_V)
     off, N = jnp.zeros(B, bool), S if n >= 0 else 0
     top = (B, N, max(n, 0))
-    state = State(jnp.zeros((), jnp.int32), tokens_BS, lengths_B, lengths_B, off, off, keys_B, cache, history,
+    loops = no_loops(B, min(program.active.loops, S)) if program.active.loops else None
+    state = State(jnp.zeros((), jnp.int32), tokens_BS, lengths_B, lengths_B, off, off, keys_B, cache, history, loops,
                   jnp.zeros((B, N)), jnp.zeros(top, jnp.int32), jnp.zeros(top))
     x_BD = last_hidden(hidden, lengths_B)
     return _choose_next(model, head_VD, x_BD, state, settings, stop_ids, breakers_V, program)
@@ -153,7 +159,11 @@ def _choose_next(model, head_VD, x_BD, state: State, settings, stop_ids, breaker
     bad_B = state.bad_B | (~state.done_B & ~jnp.isfinite(jnp.max(logits_BV, axis=1)))  # max passes NaN on
     keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, state.lengths_B - state.starts_B)
     penalised_BV = penalise(logits_BV, settings, program.active, state.history, state.tokens_BS, state.lengths_B)
-    token_B = choose(penalised_BV, settings, program.active, keys_B)
+    marker = None
+    if program.active.marks:
+        marker = watermarks.marker(settings["marks"], program.active.marks, state.tokens_BS, state.starts_B,
+                                   state.lengths_B, penalised_BV.shape[1])
+    token_B = choose(penalised_BV, settings, program.active, keys_B, marker)
 
     live_B, rows_B = ~state.done_B, jnp.arange(token_B.shape[0])
     at_B = jnp.where(live_B, state.lengths_B, state.tokens_BS.shape[1])  # writes of rows that are done are dropped
@@ -169,9 +179,14 @@ def _choose_next(model, head_VD, x_BD, state: State, settings, stop_ids, breaker
             new["top_logprob_BNC"] = state.top_logprob_BNC.at[rows_B, at_B].set(top_BC)
     if state.history is not None:
         new["history"] = remember(state.history, tokens_BS, state.lengths_B, token_B, live_B, breakers_V)
+    if state.loops is not None:
+        new["loops"] = count_loops(state.loops, tokens_BS, state.starts_B, state.lengths_B, token_B, live_B,
+                                   settings["stop_loops"], settings["loop_period"])
     lengths_B = state.lengths_B + live_B
     ends_B = jnp.any(token_B[:, None] == stop_ids, axis=1) | (
         lengths_B - state.starts_B >= settings["max_new_tokens"])
+    if state.loops is not None:
+        ends_B |= new["loops"].looped_B
     return _pinned(dataclasses.replace(state, step=state.step + 1, tokens_BS=tokens_BS, lengths_B=lengths_B,
                                        done_B=state.done_B | bad_B | ends_B, bad_B=bad_B, **new))
 
@@ -203,8 +218,8 @@ def complete(graphdef: nnx.GraphDef, params, prompts: Sequence[np.ndarray],
              config: SampleConfig | Sequence[SampleConfig], *, key: jax.Array, vocab_size: int, eos_id: int = -1,
              stop_ids: Sequence[int] = (), stop_strings: Sequence[str] = (),
              text_of: Callable[[np.ndarray], str] | None = None, rows: Sequence[int] | None = None,
-             cache: CacheConfig | None = None, logprobs: int = -1,
-             dry_breakers: Sequence[int] = ()) -> list[Completion]:
+             cache: CacheConfig | None = None, logprobs: int = -1, dry_breakers: Sequence[int] = (),
+             watermark: Watermark | Sequence[Watermark | None] | None = None) -> list[Completion]:
     """Continues every prompt to its end.
 
     graphdef, params: `nnx.split` of a Decoder, params as pure dictionaries, sharded or not (inside `jax.set_mesh`
@@ -212,14 +227,15 @@ def complete(graphdef: nnx.GraphDef, params, prompts: Sequence[np.ndarray],
     eos_id and stop_ids end a row (-1: none). stop_strings end it too, once text_of(new tokens) contains one: the host
     looks every CHUNK steps and cuts exactly. key: of the request's seed; rows: each row's index within its
     request, by default 0, 1, …; see `row_keys`. logprobs: -1 for none, n for those of the chosen token and the n
-    likeliest. dry_breakers: token ids over which DRY sees no repetition.
+    likeliest. dry_breakers: token ids over which DRY sees no repetition. watermark: one for all or one a row, None for
+    a row without; with "gumbel" a new context's token depends on the secret and not on the key.
 
     Raises DataError for a prompt that is empty, too long for the model or outside the vocabulary, ConfigError for
     settings out of range, NonFiniteError where logits are not finite.
     """
     step = CHUNK if stop_strings else 2**30
     pieces = _pieces(graphdef, params, prompts, config, key, vocab_size, eos_id, stop_ids, stop_strings, text_of,
-                     rows, cache, logprobs, dry_breakers, first=step, step=step)
+                     rows, cache, logprobs, dry_breakers, watermark, first=step, step=step)
     return collections.deque(pieces, maxlen=1)[0]
 
 
@@ -236,6 +252,7 @@ def stream(graphdef: nnx.GraphDef, params, prompts: Sequence[np.ndarray],
            stop_ids: Sequence[int] = (), stop_strings: Sequence[str] = (),
            text_of: Callable[[np.ndarray], str] | None = None, rows: Sequence[int] | None = None,
            cache: CacheConfig | None = None, logprobs: int = -1, dry_breakers: Sequence[int] = (),
+           watermark: Watermark | Sequence[Watermark | None] | None = None,
            chunk: int = CHUNK) -> Iterator[list[Completion]]:
     """`complete` as it goes: after the first token and then every `chunk` steps, each row's completion so far.
 
@@ -243,18 +260,24 @@ def stream(graphdef: nnx.GraphDef, params, prompts: Sequence[np.ndarray],
     become one; without, it may end in a character that the next token completes (U+FFFD until then).
     """
     return _pieces(graphdef, params, prompts, config, key, vocab_size, eos_id, stop_ids, stop_strings, text_of, rows,
-                   cache, logprobs, dry_breakers, first=1, step=chunk)
+                   cache, logprobs, dry_breakers, watermark, first=1, step=chunk)
 
 
 def _pieces(graphdef, params, prompts, config, key, vocab_size, eos_id, stop_ids, stop_strings, text_of, rows, cache,
-            logprobs, dry_breakers, first: int, step: int) -> Iterator[list[Completion]]:
+            logprobs, dry_breakers, watermark, first: int, step: int) -> Iterator[list[Completion]]:
     model = nnx.merge(graphdef, params)  # a view of the same arrays; gives the two configs
     configs = [config] * len(prompts) if isinstance(config, SampleConfig) else list(config)
     cache = cache or CacheConfig()
     check(model.config, prompts, configs, vocab_size, cache, stop_strings, text_of, logprobs)
+    marked = [watermark] * len(prompts) if watermark is None or isinstance(watermark, Watermark) else list(watermark)
+    if bad := watermarks.problems(marked, [c.temperature for c in configs]):
+        raise ConfigError(*bad)
+    uses, settings = dataclasses.replace(active(configs), marks=watermarks.marks(marked)), settings_of(configs)
+    if uses.marks:
+        settings["marks"] = watermarks.settings_of(marked)
     tokens, lengths = padded(prompts)
     most = max(c.max_new_tokens for c in configs)
-    program = Program(graphdef, active(configs), cache, vocab_size, bucket(tokens.shape[1] + most), logprobs)
+    program = Program(graphdef, uses, cache, vocab_size, bucket(tokens.shape[1] + most), logprobs)
     stops = np.full(bucket(len(stop_ids) + 1), -1, np.int32)
     stops[:len(stop_ids) + 1] = [eos_id, *stop_ids]
     breakers = None
@@ -262,7 +285,7 @@ def _pieces(graphdef, params, prompts, config, key, vocab_size, eos_id, stop_ids
         breakers = np.zeros(model.config.vocab_size, bool)
         breakers[list(dry_breakers)] = True
     params, head = cast_once(graphdef, params)
-    fixed = (settings_of(configs), stops, breakers)
+    fixed = (settings, stops, breakers)
     state = _prefill(params, head, tokens, lengths, row_keys(key, range(len(prompts)) if rows is None else rows),
                      *fixed, program=program)
     stopped, until = np.zeros(len(prompts), bool), first
@@ -286,14 +309,15 @@ def _read(state: State, stops: np.ndarray, stop_strings, text_of, logprobs: int)
         raise NonFiniteError(f"row {row}: the logits of new token {lengths[row] - starts[row] - 1} are not finite; the "
                              "weights hold NaN or infinities, or activations overflow; use another checkpoint, or "
                              "compute in float32")
+    looped = np.zeros(len(tokens), bool) if state.loops is None else np.asarray(state.loops.looped_B)
     scores = [np.asarray(x) for x in (state.logprob_BN, state.top_ids_BNC, state.top_logprob_BNC)
               ] if logprobs >= 0 else []
-    return [_completion(tokens[row], starts[row], lengths[row], done[row], stops, stop_strings, text_of,
+    return [_completion(tokens[row], starts[row], lengths[row], done[row], looped[row], stops, stop_strings, text_of,
                         [x[row] for x in scores]) for row in range(len(tokens))]
 
 
-def _completion(tokens, start, length, done, stops, stop_strings, text_of, scores) -> Completion:
-    finish = ("stop" if tokens[length - 1] in stops else "length") if done else ""
+def _completion(tokens, start, length, done, looped, stops, stop_strings, text_of, scores) -> Completion:
+    finish = ("stop" if tokens[length - 1] in stops else "loop" if looped else "length") if done else ""
     end = length - 1 if finish == "stop" else length
     text = None
     if text_of is not None:

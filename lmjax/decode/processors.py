@@ -4,6 +4,7 @@ What lives here: the settings of one request, each processor, and the one order 
 
     repetition, frequency and presence penalties -> no-repeat n-gram -> DRY       (all rows)
     -> temperature -> top-k -> top-p -> min-p -> typical                          (rows that are sampled)
+    -> watermark                                                                  (rows that have one)
 
 Each step sees what the one before left; a token that is ruled out has -inf. Processors that no row of the batch
 uses are not in the compiled program at all: `Active` says which are. The loop that calls them is
@@ -16,6 +17,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from lmjax.decode.watermark import Marker, Marks
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -35,6 +38,8 @@ class SampleConfig:
     dry_multiplier: float = 0.0  # DRY: what a repetition of dry_allowed_length tokens costs; 0: none
     dry_base: float = 1.75  # and by which factor each further token raises it
     dry_allowed_length: int = 2
+    stop_loops: int = 0  # end a row whose newest tokens have gone round one cycle so often; 0: go on
+    loop_period: int = 64  # tokens of the longest cycle that stop_loops looks for
 
     def problems(self, prefix: str = "sample") -> list[str]:
         rules = {
@@ -51,6 +56,8 @@ class SampleConfig:
             "dry_multiplier": (0 <= self.dry_multiplier < np.inf, "must not be negative; 0 is none"),
             "dry_base": (1 <= self.dry_base < np.inf, "must be at least 1"),
             "dry_allowed_length": (self.dry_allowed_length >= 1, "must be at least 1"),
+            "stop_loops": (self.stop_loops == 0 or self.stop_loops >= 2, "must be at least 2 times round; 0 goes on"),
+            "loop_period": (self.loop_period >= 1, "must be at least 1"),
         }
         return [f"{prefix}.{name}={getattr(self, name)}: {rule}" for name, (right, rule) in rules.items() if not right]
 
@@ -68,6 +75,8 @@ class Active:
     top_p: bool = False
     min_p: bool = False
     typical: bool = False
+    marks: Marks | None = None  # watermarks; set by who has them
+    loops: int = 0  # longest cycle that some row is stopped for, rounded up so that few programs are compiled
 
     @property
     def history(self) -> bool:
@@ -82,7 +91,8 @@ def active(configs: Sequence[SampleConfig]) -> Active:
         counts=any(c.frequency_penalty != 0 or c.presence_penalty != 0 for c in configs),
         ngram=any(c.no_repeat_ngram > 0 for c in configs), dry=any(c.dry_multiplier > 0 for c in configs),
         sample=bool(drawn), top_k=any(c.top_k > 0 for c in drawn), top_p=any(c.top_p < 1 for c in drawn),
-        min_p=any(c.min_p > 0 for c in drawn), typical=any(c.typical_p < 1 for c in drawn))
+        min_p=any(c.min_p > 0 for c in drawn), typical=any(c.typical_p < 1 for c in drawn),
+        loops=max((1 << (c.loop_period - 1).bit_length() for c in configs if c.stop_loops), default=0))
 
 
 def settings_of(configs: Sequence[SampleConfig]) -> dict[str, np.ndarray]:
@@ -199,7 +209,8 @@ def dry(logits_BV: jax.Array, matches_BS: jax.Array, tokens_BS: jax.Array, lengt
     over_BS = length_BS - allowed_B[:, None]
     cost_BS = multiplier_B[:, None] * base_B[:, None] ** jnp.clip(over_BS, 0, 1000).astype(jnp.float32)
     rows_B1, vocab = jnp.arange(tokens_BS.shape[0])[:, None], logits_BV.shape[1]
-    at_BS = jnp.where(over_BS >= 0, next_BS, vocab)
+    on_B1 = (multiplier_B > 0)[:, None]  # a long repetition costs infinity, and 0 times that is NaN
+    at_BS = jnp.where((over_BS >= 0) & on_B1, next_BS, vocab)
     cost_BV = jnp.zeros_like(logits_BV).at[rows_B1, at_BS].max(jnp.minimum(cost_BS, 1e30))
     return logits_BV - cost_BV
 
@@ -262,7 +273,12 @@ def _keep_best(logits_BV: jax.Array, score_BV: jax.Array, enough: Callable, on_B
 
 def penalise(logits_BV: jax.Array, s: dict, active: Active, history: History | None, tokens_BS: jax.Array,
              lengths_B: jax.Array) -> jax.Array:
-    """The part for all rows: penalties, no-repeat n-gram, DRY. tokens_BS: each row so far, prompt included."""
+    """The part for all rows: penalties, no-repeat n-gram, DRY. tokens_BS: each row so far, prompt included.
+
+    s may hold "logit_bias", float32 [B, V], which is added first.
+    """
+    if "logit_bias" in s:
+        logits_BV = logits_BV + s["logit_bias"]
     if active.repetition:
         logits_BV = repetition_penalty(logits_BV, history.seen_BV, s["repetition_penalty"])
     if active.counts:
@@ -285,12 +301,18 @@ def filtered(logits_BV: jax.Array, s: dict, active: Active) -> jax.Array:
     return logits_BV
 
 
-def choose(logits_BV: jax.Array, s: dict, active: Active, keys_B: jax.Array) -> jax.Array:
-    """int32 [B]: the likeliest token where temperature is 0, else a draw from softmax(filtered logits)."""
-    best_B = likeliest(logits_BV)
+def choose(logits_BV: jax.Array, s: dict, active: Active, keys_B: jax.Array,
+           marker: Marker | None = None) -> jax.Array:
+    """int32 [B]: the likeliest token where temperature is 0, else a draw from softmax(filtered logits).
+
+    marker: the step's watermarks, applied last; where `active.marks` says that there are any.
+    """
+    best_B = likeliest(logits_BV if marker is None else marker.greedy(logits_BV))
     if not active.sample:
         return best_B
-    drawn_B = jax.vmap(jax.random.categorical)(keys_B, filtered(logits_BV, s, active)).astype(jnp.int32)
+    kept_BV = filtered(logits_BV, s, active)
+    kept_BV = kept_BV if marker is None else marker.sampled(kept_BV)
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV).astype(jnp.int32)
     return jnp.where(s["temperature"] > 0, drawn_B, best_B)
 
 

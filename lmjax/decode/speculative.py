@@ -72,6 +72,8 @@ def speculate(graphdef: nnx.GraphDef, params, draft_graphdef: nnx.GraphDef, draf
     if uses.history:
         bad.append("penalties, no_repeat_ngram and dry_multiplier cannot be used with a draft model; set them to their "
                    "defaults or decode without one")
+    if uses.loops:
+        bad.append("stop_loops cannot be used with a draft model; set it to 0 or decode without one")
     if min(m.config.vocab_size for m in (model, small)) < vocab_size:
         bad.append(f"draft model: its vocabulary of {small.config.vocab_size} or the model's of "
                    f"{model.config.vocab_size} is smaller than the tokenizer's {vocab_size}")

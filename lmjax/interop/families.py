@@ -6,6 +6,7 @@ leaves out, and a table of `names`. A setting that a DecoderConfig cannot expres
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from lmjax.errors import CheckpointError
 from lmjax.interop import names
 from lmjax.interop.settings import Settings
 from lmjax.models import DecoderConfig, RopeScaling
+from lmjax.nn.rope import rope_magnitude
 
 # Their activation -> ours, and back. What they call gelu_new is GPT-2's tanh form as well.
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
@@ -44,11 +46,14 @@ def _body(s: Settings, **more: Any) -> DecoderConfig:
     s.must_be("attention_bias", False)
     for key in ("use_bidirectional_attention", "add_cross_attention", "is_encoder_decoder"):
         s.must_be(key, False)
+    longest, scaling = s.int("max_position_embeddings"), more.get("rope_scaling")
+    if scaling is not None and scaling.kind == "dynamic":  # there, the length at which it begins to grow
+        longest = dynamic_limit(scaling)
     return DecoderConfig(
         vocab_size=s.int("vocab_size"), num_layers=s.int("num_hidden_layers"), d_model=s.int("hidden_size"),
         num_heads=s.int("num_attention_heads"), num_kv_heads=s.int("num_key_value_heads", or_=0),
         head_dim=s.int("head_dim", or_=0), d_ff=s.int("intermediate_size"),
-        max_seq_len=s.int("max_position_embeddings"), norm_eps=s.float("rms_norm_eps"),
+        max_seq_len=longest, norm_eps=s.float("rms_norm_eps"),
         tied=s.bool("tie_word_embeddings"), **more)
 
 
@@ -56,12 +61,29 @@ def _write_body(c: DecoderConfig) -> dict[str, Any]:
     return {
         "vocab_size": c.vocab_size, "num_hidden_layers": c.num_layers, "hidden_size": c.d_model,
         "num_attention_heads": c.num_heads, "num_key_value_heads": c.num_kv_heads, "head_dim": c.head_dim,
-        "intermediate_size": c.d_ff, "max_position_embeddings": c.max_seq_len, "rms_norm_eps": c.norm_eps,
+        "intermediate_size": c.d_ff, "max_position_embeddings": _longest_there(c), "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tied}
 
 
-def _scaling(rope: Settings) -> RopeScaling | None:
-    """A section such as {"rope_type": "llama3", "factor": 8.0, …}; None for plain RoPE."""
+def dynamic_limit(scaling: RopeScaling) -> int:
+    """Tokens for which a file with dynamic scaling is meant: it names only where the scaling begins."""
+    return round(scaling.factor * scaling.original_len)
+
+
+def _longest_there(c: DecoderConfig) -> int:
+    """max_position_embeddings."""
+    if c.rope_scaling is None or c.rope_scaling.kind != "dynamic":
+        return c.max_seq_len
+    if c.max_seq_len != dynamic_limit(c.rope_scaling):
+        raise CheckpointError(
+            f"model.max_seq_len={c.max_seq_len}: a Hugging Face config with dynamic scaling has no room for it and is "
+            f"read back with factor x original_len; set it to {dynamic_limit(c.rope_scaling)}")
+    return c.rope_scaling.original_len
+
+
+def _scaling(rope: Settings, longest: int) -> RopeScaling | None:
+    """A section such as {"rope_type": "llama3", "factor": 8.0, …}; None for plain RoPE. longest: the model's
+    max_position_embeddings."""
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     rope.unused("rope_type", "type", "rope_theta")
     rope.must_be("partial_rotary_factor", 1.0)
@@ -71,23 +93,50 @@ def _scaling(rope: Settings) -> RopeScaling | None:
     elif kind == "llama3":
         scaling = RopeScaling("llama3", rope.float("factor"), rope.float("low_freq_factor"),
                               rope.float("high_freq_factor"), rope.int("original_max_position_embeddings"))
+    elif kind == "dynamic":
+        rope.must_be("original_max_position_embeddings", longest)  # which transformers would not look at
+        scaling = RopeScaling("dynamic", rope.float("factor"), original_len=longest)
+    elif kind == "yarn":
+        scaling = _yarn(rope, longest)
     elif kind != "default":
-        rope.problems.append(f"{rope.prefix}rope_type={kind!r}: is not supported; supported are default, linear and "
-                             "llama3")
+        rope.problems.append(f"{rope.prefix}rope_type={kind!r}: is not supported; supported are default, linear, "
+                             "llama3, dynamic and yarn")
         return None
     rope.done()
     return scaling
 
 
+def _yarn(rope: Settings, longest: int) -> RopeScaling:
+    """As transformers 5 reads it: a missing factor is how much longer the model is than it was, and the attention
+    factor is the one given, or the quotient of those of mscale and mscale_all_dim, or 0.1 ln factor + 1."""
+    original = rope.int("original_max_position_embeddings", or_=longest)
+    factor = rope.float("factor", or_=longest / max(original, 1))
+    given = rope.values.get("attention_factor") is not None
+    attention = rope.float("attention_factor", or_=0.0)
+    scales = [rope.float(key, or_=0.0) for key in ("mscale", "mscale_all_dim")]
+    if given and attention <= 0:
+        rope.problem("attention_factor", "must be above 0; leave it out for 0.1 ln factor + 1")
+    elif not given and all(scales) and factor > 1:
+        above, below = (0.1 * scale * math.log(factor) + 1 for scale in scales)
+        attention = above / below
+    rope.must_be("truncate", True)
+    return RopeScaling("yarn", factor, original_len=original, beta_fast=rope.float("beta_fast", or_=32.0) or 32.0,
+                       beta_slow=rope.float("beta_slow", or_=1.0) or 1.0, attention_factor=attention)
+
+
 def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
-    if scaling.kind not in ("linear", "llama3"):
-        raise CheckpointError(f"model.rope_scaling.kind={scaling.kind!r}: only linear and llama3 can be exported")
+    assert scaling.kind != "ntk", "is another theta: see `without_ntk`"
     written: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind == "llama3":
         written |= {"low_freq_factor": scaling.low_freq, "high_freq_factor": scaling.high_freq,
                     "original_max_position_embeddings": scaling.original_len}
+    if scaling.kind == "yarn":
+        written |= {"original_max_position_embeddings": scaling.original_len, "beta_fast": scaling.beta_fast,
+                    "beta_slow": scaling.beta_slow}
+        if scaling.attention_factor:
+            written["attention_factor"] = scaling.attention_factor
     return written
 
 
@@ -98,7 +147,7 @@ def _rope(s: Settings) -> dict[str, Any]:
     s.must_be("partial_rotary_factor", 1.0)
     rope = s.section(key)
     theta = rope.float("rope_theta", or_=s.float("rope_theta", or_=10_000.0))
-    return {"rope_theta": theta, "rope_scaling": _scaling(rope)}
+    return {"rope_theta": theta, "rope_scaling": _scaling(rope, s.int("max_position_embeddings"))}
 
 
 def _windows(s: Settings, default: list[str]) -> tuple[int, ...]:
@@ -233,9 +282,10 @@ def _rope_gemma3(s: Settings) -> dict[str, Any]:
     s.unused("rope_scaling")
     theta = everywhere.float("rope_theta", or_=s.float("rope_theta", or_=1_000_000.0))
     local_theta = local.float("rope_theta", or_=s.float("rope_local_base_freq", or_=10_000.0))
-    if _scaling(local):
+    longest = s.int("max_position_embeddings")
+    if _scaling(local, longest):
         s.problems.append(f"{local.prefix}rope_type: scaling is not supported in layers with a window")
-    return {"rope_theta": theta, "rope_local_theta": local_theta, "rope_scaling": _scaling(scaling)}
+    return {"rope_theta": theta, "rope_local_theta": local_theta, "rope_scaling": _scaling(scaling, longest)}
 
 
 def _write_gemma3(c: DecoderConfig) -> dict[str, Any]:
@@ -311,7 +361,7 @@ def choose(config: DecoderConfig) -> tuple[Family, dict[str, Any]]:
     """
     wanted, nearest = meaning(config), None
     for family in FAMILIES.values():
-        written = family.write(config.filled())
+        written = family.write(without_ntk(config.filled()))
         s = Settings(written, family.defaults)
         found = meaning(family.read(s))
         lost = [name for name, value in dataclasses.asdict(wanted).items()
@@ -326,7 +376,8 @@ def choose(config: DecoderConfig) -> tuple[Family, dict[str, Any]]:
 
 def meaning(config: DecoderConfig) -> DecoderConfig:
     """The config with all that has no effect made the same, so that equal means equal numbers."""
-    c = config.filled()
+    c = without_ntk(config.filled())
+    c = dataclasses.replace(c, rope_scaling=_scaling_meaning(c.rope_scaling))
     windows = shortest_period([c.windows[i % len(c.windows)] for i in range(c.num_layers)])
     c = dataclasses.replace(c, windows=windows, query_scale=float(f"{c.query_scale:.12g}"))
     if c.positions != "rope":
@@ -334,3 +385,21 @@ def meaning(config: DecoderConfig) -> DecoderConfig:
     if not any(windows):
         c = dataclasses.replace(c, rope_local_theta=c.rope_theta)
     return dataclasses.replace(c, rope_scaling=None, rope_theta=c.rope_local_theta) if all(windows) else c
+
+
+def without_ntk(c: DecoderConfig) -> DecoderConfig:
+    """NTK scaling as what it is: another theta, in the layers that see all tokens. c: `filled`."""
+    if c.rope_scaling is None or c.rope_scaling.kind != "ntk":
+        return c
+    theta = c.rope_theta * c.rope_scaling.factor ** (c.head_dim / (c.head_dim - 2))
+    return dataclasses.replace(c, rope_theta=theta, rope_scaling=None)
+
+
+def _scaling_meaning(scaling: RopeScaling | None) -> RopeScaling | None:
+    """The same frequencies with the fields that its kind does not look at left at their defaults."""
+    if scaling is None:
+        return None
+    used = {"linear": (), "llama3": ("low_freq", "high_freq", "original_len"), "dynamic": ("original_len",),
+            "yarn": ("original_len", "beta_fast", "beta_slow")}[scaling.kind]
+    kept = {name: getattr(scaling, name) for name in ("kind", "factor", *used)}
+    return RopeScaling(**kept, attention_factor=rope_magnitude(scaling) if scaling.kind == "yarn" else 0.0)
