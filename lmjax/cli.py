@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from lmjax.decode.flags import add_cache, add_sampling, cache_of, sample_of
 from lmjax.errors import ConfigError, UserError
 from lmjax.hosts import leave, several
 from lmjax.process import keep_compiled_programs, on_huge_pages
@@ -20,7 +21,10 @@ USAGE = """usage: lmjax COMMAND …
   score MODEL --text T | --file F   surprisal, entropy and rank of every token, also as a page to read
   analyze loops | positions         where a model loops; loss by position beyond the trained length
   generate MODEL --prompt TEXT      continue a text with a trained model
+  chat MODEL                        talk with a model in the terminal
+  serve MODEL                       an HTTP endpoint like OpenAI's, with continuous batching
   export MODEL OUT                  write a model as a Hugging Face folder
+  watermark detect | key | …        find a watermark; make a secret; measure the schemes
   report RUN [RUN …]                one self-contained HTML page about runs
   bench train | step | …            how fast this is, beside others and beside the hardware
   checkpoint verify | list RUN      are a run's checkpoints what was written?
@@ -54,6 +58,8 @@ Any field of the config is set with --key=value, e.g. --model.num_layers=8 --opt
     parser.add_argument("--profile", type=int, nargs="?", const=3, default=0, metavar="N",
                         help="trace N steps (3), the third of this start and on, into the run folder's profile/")
     options, overrides = parser.parse_known_args(args)
+    if options.devices < 0:
+        raise ConfigError(f"--devices={options.devices}: give 1 or more")
     if options.devices and not options.dry_run:
         raise ConfigError("--devices is for --dry-run only; a real run uses the devices that are there")
     if options.profile < 0 or (options.profile and options.dry_run):
@@ -88,7 +94,8 @@ def run_generate(args: list[str]) -> int:
     parser = _parser("generate", """Continue texts with a model: the newest checkpoint of a run, or one of others.
 
 Settings are applied in this order: penalties, no-repeat-ngram, DRY; then temperature, top-k, top-p, min-p,
-typical. The same model, prompts, settings and seed give the same text. Formulas: docs/decoding.md.""")
+typical; then the watermark. The same model, prompts, settings and seed give the same text. Formulas:
+docs/decoding.md, docs/watermarks.md.""")
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--prompt", action="append", help="text to continue (repeatable; default: none)")
     parser.add_argument("--step", type=int, default=0, help="another checkpoint than the newest")
@@ -99,36 +106,9 @@ typical. The same model, prompts, settings and seed give the same text. Formulas
     parser.add_argument("--stream", action=argparse.BooleanOptionalAction, default=None,
                         help="print as it is written (default: on a terminal)")
 
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default %(default)s)")
-    group.add_argument("--top-k", type=int, default=0, help="the k likeliest tokens; 0 keeps all (default %(default)s)")
-    group.add_argument("--top-p", type=float, default=0.95,
-                       help="the likeliest tokens that make up probability p; 1 keeps all (default %(default)s)")
-    group.add_argument("--min-p", type=float, default=0.0,
-                       help="tokens at least p times as likely as the likeliest; 0 keeps all (default %(default)s)")
-    group.add_argument("--typical", type=float, default=1.0, dest="typical_p", metavar="P",
-                       help="the tokens of most typical surprise that make up p; 1 keeps all (default %(default)s)")
-
-    group = parser.add_argument_group("against repetition")
-    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R",
-                       help="divides positive logits of tokens seen, multiplies negative ones (default %(default)s)")
-    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="F",
-                       help="off a token's logit for each time it was generated (default %(default)s)")
-    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="F",
-                       help="off a token's logit once it was generated (default %(default)s)")
-    group.add_argument("--no-repeat-ngram", type=int, default=0, metavar="N",
-                       help="no N tokens in a row occur twice; 0 lets them (default %(default)s)")
-    group.add_argument("--dry", type=float, default=0.0, dest="dry_multiplier", metavar="M",
-                       help="what prolonging a repetition costs; 0 is nothing, 0.8 usual (default %(default)s)")
-    group.add_argument("--dry-base", type=float, default=1.75, metavar="B",
-                       help="times this for each token that the repetition is longer (default %(default)s)")
-    group.add_argument("--dry-allowed-length", type=int, default=2, metavar="N",
-                       help="repetitions shorter than this are free (default %(default)s)")
-
-    group.add_argument("--stop-loops", type=int, default=0, metavar="N",
-                       help="end a text whose end has gone round one cycle N times; 0 goes on (default %(default)s)")
-    group.add_argument("--loop-period", type=int, default=64, metavar="N",
-                       help="tokens of the longest cycle that --stop-loops looks for (default %(default)s)")
+    add_sampling(parser)
+    group = parser.add_argument_group("watermark", "`lmjax watermark detect` finds it again with the same secret")
+    _watermark_flags(group)
 
     group = parser.add_argument_group("other ways to decode")
     group.add_argument("--beams", type=int, default=0, metavar="N", help="beam search; needs --temperature 0")
@@ -138,29 +118,44 @@ typical. The same model, prompts, settings and seed give the same text. Formulas
                        help="a small model that proposes tokens; the distribution stays the model's")
     group.add_argument("--proposals", type=int, default=4, metavar="N",
                        help="tokens that the draft proposes at a time (default %(default)s)")
-
-    group = parser.add_argument_group("key/value cache")
-    group.add_argument("--cache-dtype", default="", metavar="DTYPE",
-                       help="float32, bfloat16 or int8 (default: the model's compute dtype)")
-    group.add_argument("--cache-window", type=int, default=0, metavar="N",
-                       help="every layer sees the last N tokens only, in memory of N tokens; 0 is all")
-    group.add_argument("--sinks", type=int, default=0, metavar="N",
-                       help="layers with a window also see the first N tokens (default %(default)s)")
+    add_cache(parser)
     options = parser.parse_args(args)
-    from lmjax.decode.processors import SampleConfig
+    from lmjax.decode.marks import watermark_of
     from lmjax.decode.write import TextRequest
-    from lmjax.nn.cache import CacheConfig
     from lmjax.runs import generate_from_run
 
-    given = vars(options)
-    sample = SampleConfig(**{name: given[name] for name in SampleConfig.__dataclass_fields__})
+    watermark = watermark_of(**{name.removeprefix("watermark_") if name != "watermark" else "scheme": value
+                                for name, value in vars(options).items() if name.startswith("watermark")})
     prompts = tuple(options.prompt or [""])
     can_stream = len(prompts) == 1 and not options.beams and not options.draft
-    request = TextRequest(prompts, sample, CacheConfig(options.cache_dtype, options.cache_window, options.sinks),
-                          options.seed, tuple(options.stop), options.beams, options.length_penalty, options.proposals,
-                          can_stream and sys.stdout.isatty() if options.stream is None else options.stream)
+    request = TextRequest(prompts, sample_of(options), cache_of(options), options.seed,
+                          tuple(options.stop), options.beams, options.length_penalty, options.proposals,
+                          can_stream and sys.stdout.isatty() if options.stream is None else options.stream,
+                          watermark)
     generate_from_run(options.model, request, options.step, options.draft)
     return 0
+
+
+def _watermark_flags(group) -> None:
+    group.add_argument("--watermark", default="", metavar="SCHEME", help="kgw, gumbel or tournament (default: none)")
+    group.add_argument("--watermark-key-file", default="", metavar="FILE",
+                       help="the secret, 16 bytes or more (default: the environment variable LMJAX_WATERMARK_KEY)")
+    group.add_argument("--watermark-context", type=int, metavar="H", help="earlier tokens that decide (default 4)")
+    group.add_argument("--watermark-gamma", type=float, metavar="G", help="kgw: share of green tokens (default 0.25)")
+    group.add_argument("--watermark-delta", type=float, metavar="D", help="kgw: what their logits gain (default 2)")
+    group.add_argument("--watermark-layers", type=int, metavar="N", help="tournament: its depth (default 30)")
+
+
+def run_chat(args: list[str]) -> int:
+    from lmjax.serve.commands import run_chat
+
+    return run_chat(args)
+
+
+def run_serve(args: list[str]) -> int:
+    from lmjax.serve.commands import run_serve
+
+    return run_serve(args)
 
 
 def run_export(args: list[str]) -> int:
@@ -173,6 +168,8 @@ chat template. `transformers` opens it, and so does every MODEL argument here. N
                         help="a file is closed before it would grow beyond this (default %(default)g)")
     parser.add_argument("--step", type=int, default=0, help="another checkpoint of a run than the newest")
     options = parser.parse_args(args)
+    if not 1 <= options.max_shard_bytes < 2**63:
+        raise ConfigError(f"--max-shard-bytes={options.max_shard_bytes}: give 1 or more")
     from lmjax.runs import export
 
     export(options.model, options.out, options.dtype, int(options.max_shard_bytes), options.step)
@@ -195,6 +192,12 @@ def run_report(args: list[str]) -> int:
     from lmjax.report import run_report
 
     return run_report(args)
+
+
+def run_watermark(args: list[str]) -> int:
+    from lmjax.watermark.commands import run_watermark
+
+    return run_watermark(args)
 
 
 def run_bench(args: list[str]) -> int:
@@ -237,21 +240,31 @@ def _group(name: str, commands: dict[str, str]) -> Callable[[list[str]], int]:
     return run
 
 
-COMPUTES = ("train", "eval", "generate", "export", "score", "analyze")
+COMPUTES = ("train", "eval", "score", "analyze", "generate", "chat", "serve", "export")
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": run_train,
     "eval": run_eval,
     "score": run_score,
     "analyze": run_analyze,
     "generate": run_generate,
+    "chat": run_chat,
+    "serve": run_serve,
     "export": run_export,
     "report": run_report,
+    "watermark": run_watermark,
     "bench": run_bench,
     "checkpoint": run_checkpoint,
     "chaos": run_chaos,
     "data": _group("data", {"prepare": "run_prepare", "inspect": "run_inspect"}),
     "tokenizer": _group("tokenizer", {"train": "run_tokenizer_train", "show": "run_tokenizer_show"}),
 }
+
+
+def one_line(text: str) -> str:
+    """A message with line breaks as spaces, other control characters escaped and an overlong middle left out: what a
+    file or a name holds may neither steer the terminal, nor pretend to be another message, nor fill the screen."""
+    text = text if len(text) <= 2000 else f"{text[:1200]} … {text[-600:]}"
+    return "".join(c if c.isprintable() else " " if c in "\r\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -279,14 +292,16 @@ def _run(args: list[str]) -> int:
             near = difflib.get_close_matches(args[0], COMMANDS, n=1)
             hint = f"did you mean `lmjax {near[0]}`?" if near else "see `lmjax --help`"
             raise ConfigError(f"lmjax {args[0]}: no such command; {hint}")
+        if empty := [arg for arg in args if arg.startswith("--") and arg.endswith("=--")]:
+            raise ConfigError(f"{empty[0]}: '--' is no value")  # argparse of some Pythons makes an empty list of it
         return COMMANDS[args[0]](args[1:])
     except UserError as error:
         for line in getattr(error, "problems", None) or (str(error),):
-            print(f"lmjax: {line}", file=sys.stderr)
+            print(f"lmjax: {one_line(line)}", file=sys.stderr)
         return error.exit_code
     except OSError as error:  # a disk that fills up under a log, say; what was written before stays
-        print(f"lmjax: {error.filename or args[0]}: {error.strerror or error}; mend that and give the same command "
-              "again", file=sys.stderr)
+        what, why = one_line(str(error.filename or args[0])), one_line(str(error.strerror or error))
+        print(f"lmjax: {what}: {why}; mend that and give the same command again", file=sys.stderr)
         return 4
     except KeyboardInterrupt:
         print(f"\nlmjax: {args[0]} was stopped", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The config of a run: one tree of typed dataclasses, from a Python file plus dotted overrides.
+"""The config of a run: one tree of typed dataclasses, from a Python or JSON file plus dotted overrides.
 
     # configs/example.py
     from lmjax.config import *
@@ -8,15 +8,15 @@ A config file follows ml_collections' convention (a function get_config), so it 
 `ml_collections.config_flags`; paths such as `data.sources[0].path` are its `config_path`s. What lives here:
 loading, overriding, checking types and fields against each other. Each section's own dataclass stands beside
 the code that uses it. Every problem is found before the first one is reported.
+
+A .py config is code and is executed: run only what you trust. The JSON form, as in RUN/config.json, is data.
 """
 
 import ast
 import dataclasses
 import difflib
 import importlib.util
-import json
 import re
-import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from lmjax.models import ComputeConfig, DecoderConfig, RopeScaling, preset
 from lmjax.objectives.pretrain import PretrainConfig
 from lmjax.optim import OptimConfig
 from lmjax.phases import LimitsConfig
+from lmjax.plain import build, not_finite, problems, read_json, shown
 
 __all__ = [
     "CheckpointConfig", "ComputeConfig", "DataConfig", "DecoderConfig", "EvalConfig", "GoldfishConfig",
@@ -97,8 +98,8 @@ def validate(config: RunConfig, num_devices: int) -> None:
     c = config
     bad = []
     for name in ("steps", "batch_size", "seq_len", "accumulate"):
-        if getattr(c, name) < 1:
-            bad.append(f"{name}={getattr(c, name)}: must be at least 1")
+        if not 1 <= getattr(c, name) < 2**31:
+            bad.append(f"{name}={getattr(c, name)}: must be at least 1 and below 2^31")
     if not 0 <= c.seed < 2**32:
         bad.append(f"seed={c.seed}: must be from 0 to 2^32 - 1")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.name):
@@ -125,6 +126,8 @@ def validate(config: RunConfig, num_devices: int) -> None:
                    f"fit into model.max_seq_len={c.model.max_seq_len}; lower it")
     if c.evals.every and not c.data.validation_fraction and any(s.kind != "shards" for s in c.data.sources):
         bad.append("data.validation_fraction=0 holds nothing out to evaluate on; raise it, or set evals.every=0")
+    bad += [f"{name}={value}: must be a finite number" for name, value in not_finite(c)
+            if not any(problem.startswith(f"{name}=") for problem in bad)]
     if not mesh_problems and not c.model.problems():
         bad += _mesh_problems(c, num_devices)
     if bad:
@@ -187,12 +190,14 @@ def fit_vocabulary(config: RunConfig, tokenizer_name: str, vocab_size: int) -> R
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """The RunConfig of a Python file, with overrides such as `--model.d_model=512` applied.
+    """The RunConfig of a Python or JSON file, with overrides such as `--model.d_model=512` applied. A .py file is
+    executed; of a .json file, such as RUN/config.json, nothing is.
 
     Raises ConfigError for a missing file, a file without get_config, unknown or repeated keys (with the
     nearest name) and wrong types; all of them at once.
     """
-    config = _run_file(Path(path))
+    path = Path(path)
+    config = from_json(read_json(path), str(path)) if path.suffix == ".json" and path.is_file() else _run_file(path)
     bad, seen = [], set()
     for override in overrides:
         key, equals, text = override.removeprefix("--").partition("=")
@@ -211,8 +216,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 def _run_file(path: Path) -> RunConfig:
     if path.suffix != ".py" or not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else "; give a Python file, see configs/"
+        beside = [p.name for ending in ("*.py", "*.json") for p in path.parent.glob(ending)]
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "; give a .py file, see configs/, or a .json one"
         raise ConfigError(f"{path}: no such config file{hint}")
     spec = importlib.util.spec_from_file_location("lmjax_run_config", path)
     module = importlib.util.module_from_spec(spec)
@@ -220,7 +226,7 @@ def _run_file(path: Path) -> RunConfig:
         spec.loader.exec_module(module)
         config = module.get_config()
     except Exception as error:  # whatever a user's own code raises
-        raise ConfigError(f"{path}: {type(error).__name__}: {error}; a config file defines "
+        raise ConfigError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}; a config file defines "
                           "get_config() -> RunConfig with the fields of lmjax.config") from error
     if not isinstance(config, RunConfig):
         raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, not a RunConfig")
@@ -281,39 +287,9 @@ def _parse(text: str, wanted: Any) -> Any:
     if typing.get_origin(wanted) is tuple and not isinstance(value, (tuple, list)):
         value = (value,)
     try:
-        return _build(value, wanted)
+        return build(value, wanted)
     except TypeError as error:
         raise ValueError(str(error)) from None
-
-
-def _build(value: Any, wanted: Any) -> Any:
-    """A plain value as the wanted type: dicts as dataclasses, lists as tuples, ints as floats, nothing else
-    converted. Raises TypeError."""
-    origin = typing.get_origin(wanted)
-    if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(wanted)
-        if value is None and type(None) in options:
-            return None
-        return _build(value, next(o for o in options if o is not type(None)))
-    if dataclasses.is_dataclass(wanted):
-        if isinstance(value, wanted):
-            return value
-        if not isinstance(value, dict):
-            raise TypeError(f"expected {wanted.__name__}, got {type(value).__name__}")
-        hints = typing.get_type_hints(wanted)
-        unknown = sorted(value.keys() - hints.keys())
-        if unknown:
-            raise TypeError(f"{wanted.__name__} has no field {', '.join(unknown)}")
-        return wanted(**{k: _build(v, hints[k]) for k, v in value.items()})
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise TypeError(f"expected a tuple, got {type(value).__name__}")
-        return tuple(_build(v, typing.get_args(wanted)[0]) for v in value)
-    if wanted is float and type(value) is int:
-        return float(value)
-    if type(value) is not wanted:
-        raise TypeError(f"expected {wanted.__name__}, got {type(value).__name__} {value!r}")
-    return value
 
 
 def _type_problems(config: Any, prefix: str) -> list[str]:
@@ -323,9 +299,9 @@ def _type_problems(config: Any, prefix: str) -> list[str]:
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
         try:
-            built = _build(value, hints[field.name])
+            built = build(value, hints[field.name])
         except TypeError as error:
-            bad.append(f"{name}={value!r}: {error}")
+            bad.append(f"{name}={shown(value)}: {error}")
             continue
         if dataclasses.is_dataclass(value):
             bad += _type_problems(value, name + ".")
@@ -342,12 +318,11 @@ def to_json(config: RunConfig) -> dict:
     return dataclasses.asdict(config)
 
 
-def from_json(value: dict, where: str) -> RunConfig:
-    """The inverse of to_json. Raises ConfigError naming `where`."""
-    try:
-        return _build(value, RunConfig)
-    except TypeError as error:
-        raise ConfigError(f"{where}: not a config of this version of lmjax ({error})") from None
+def from_json(value: Any, where: str) -> RunConfig:
+    """The inverse of to_json. Raises ConfigError naming `where`, with every problem."""
+    if bad := problems(value, RunConfig):
+        raise ConfigError(*(f"{where}: {problem}" for problem in bad))
+    return build(value, RunConfig)
 
 
 def read_run_config(folder: Path) -> RunConfig:
@@ -355,7 +330,4 @@ def read_run_config(folder: Path) -> RunConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"{folder}: not a run folder (it has no config.json); give one below runs/")
-    try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error}); restore it from a copy") from None
+    return from_json(read_json(path), str(path))

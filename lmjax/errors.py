@@ -57,6 +57,12 @@ class CorruptionError(UserError):
     exit_code = 7
 
 
+class PeerLostError(UserError):
+    """Another process of the run is gone. Starting all of them again continues."""
+
+    exit_code = 9
+
+
 class HostsError(UserError):
     """Processes that do not find each other, or that were started with different configs or versions."""
 

@@ -1,34 +1,53 @@
 """Several processes as one run: how they find each other, and how they agree.
 
-Every process gives the same command. On TPU VMs, Slurm, Open MPI and Kubernetes jobs JAX finds out by itself who is
+Every process gives the same command. On TPU VMs, GKE's TPU pods, Slurm and Open MPI JAX finds out by itself who is
 there; elsewhere three environment variables say it:
 
     LMJAX_COORDINATOR=HOST:PORT  LMJAX_PROCESSES=4  LMJAX_PROCESS=0 … 3
+
+Where something else numbers the processes (NUMBERED), the first is enough. LMJAX_PROCESSES=1 alone says that this
+process is the whole run, whatever it runs in.
 
 What lives here: starting `jax.distributed`, and small collectives on text and truth values. What does not: anything
 about meshes (`lmjax.axes`) or data (`lmjax.loader`). With one process, nothing here communicates.
 """
 
+import errno
+import ipaddress
 import json
 import os
+import re
 import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
-from lmjax.errors import CheckpointError, HostsError, UserError
+from lmjax.errors import CheckpointError, HostsError, PeerLostError, UserError
 
 VARIABLES = ("LMJAX_COORDINATOR", "LMJAX_PROCESSES", "LMJAX_PROCESS")
 HEARTBEAT_SECONDS = 20  # a peer that is silent for so long is dead; JAX's own default is 100
-# Environments in which JAX's cluster detection works (jax/_src/clusters), by what they set.
-CLUSTERS = {"SLURM_NTASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI", "MEGASCALE_COORDINATOR_ADDRESS": "multislice",
-            "JOBSET_NAME": "JobSet", "TPU_WORKER_HOSTNAMES": "Cloud TPU"}
+# Who else tells a process how many there are, and which it is. The last is what XPK gives to GPU workloads.
+NUMBERED = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("SLURM_NTASKS", "SLURM_PROCID"), ("NNODES", "NODE_RANK"))
+# What `detected` answers -> the name of JAX's way to find out (jax/_src/clusters); None leaves it to JAX.
+METHODS = {"Open MPI": "ompi", "Open MPI with mpi4py": "mpi4py", "Slurm": "slurm", "multislice": None,
+           "Cloud TPU": "gketpu", "TPU VM": "gcetpu", "Kubernetes": None}
 
 
 def explicit(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
-    """(coordinator, processes, process) as our variables say; None where none is set. Raises HostsError."""
+    """(coordinator, processes, process) as our variables, or XPK's, say; None where none is set. Raises HostsError."""
     given = {name: environment[name] for name in VARIABLES if environment.get(name)}
+    if given == {"LMJAX_PROCESSES": "1"}:
+        return "", 1, 0
+    if not given and all(environment.get(name) for name in ("JAX_COORDINATOR_ADDRESS", *NUMBERED[-1])):
+        host, colon, port = environment["JAX_COORDINATOR_ADDRESS"].partition(":")
+        given = {VARIABLES[0]: f"{host}:{port or environment.get('JAX_COORDINATOR_PORT', '')}"}
+    if given.keys() == {VARIABLES[0]}:
+        for names in NUMBERED:
+            if all(environment.get(name) for name in names):
+                given |= {ours: environment[name] for ours, name in zip(VARIABLES[1:], names, strict=True)}
+                break
     if not given:
         return None
     if missing := [name for name in VARIABLES if name not in given]:
@@ -44,14 +63,58 @@ def explicit(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
 
 
 def detected(environment: Mapping[str, str]) -> str:
-    """The kind of cluster that started more than one process; "" for none."""
-    for name, kind in CLUSTERS.items():
-        value = environment.get(name, "")
-        if value and not (name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE") and value == "1") and not (
-                name == "TPU_WORKER_HOSTNAMES" and "," not in value):
-            return kind
+    """The kind of cluster that started more than one process, a key of METHODS; "" for none.
+
+    Raises HostsError where there is one that JAX could not make out.
+    """
+    if environment.get("OMPI_COMM_WORLD_SIZE", "1") != "1":  # before Slurm, which may be what started mpirun's helpers
+        if "OMPI_MCA_orte_hnp_uri" in environment:
+            return "Open MPI"
+        if find_spec("mpi4py"):
+            return "Open MPI with mpi4py"
+        raise HostsError("Open MPI 5 does not tell its processes where process 0 is: pip install mpi4py, or start "
+                         "them with mpirun -x LMJAX_COORDINATOR=HOST:PORT")
+    if environment.get("SLURM_NTASKS", "1") != "1":
+        if environment.get("SLURM_STEP_NODELIST") and (
+                environment.get("SLURM_STEP_NUM_TASKS") in (None, environment["SLURM_NTASKS"])):
+            return "Slurm"
+        raise HostsError(f"SLURM_NTASKS={environment['SLURM_NTASKS']}, but this process was not started by srun: give "
+                         "srun lmjax train … (launch/slurm.sh does), or set LMJAX_PROCESSES=1 to train with one")
+    if "tpu" in (environment.get("JAX_PLATFORMS") or "tpu") and (kind := _tpus(environment)):
+        return kind
+    # JAX asks Kubernetes, which needs its package and the right to; launch/gke.sh says all three variables instead.
+    if "JOB_COMPLETION_INDEX" in environment and "KUBERNETES_SERVICE_HOST" in environment and find_spec("kubernetes"):
+        return "Kubernetes"
+    return ""
+
+
+def _tpus(environment: Mapping[str, str]) -> str:
+    if environment.get("MEGASCALE_NUM_SLICES", "1") != "1":
+        return "multislice"
+    if environment.get("TPU_PROCESS_ADDRESSES_PATH"):
+        return "Cloud TPU"
+    names = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+    if names or "TPU_SKIP_MDS_QUERY" in environment:
+        return "Cloud TPU" if "," in (names or "") else ""
     # A TPU VM says nothing in its environment; its metadata server tells JAX whether it is one of several.
-    return "TPU VM" if Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists() else ""
+    chips = Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
+    return "TPU VM" if chips and find_spec("libtpu") else ""
+
+
+def local_devices(environment: Mapping[str, str]) -> list[int] | None:
+    """The GPUs of this process: [] is all it can see, None what JAX says.
+
+    Under Slurm and Open MPI JAX gives every process the one GPU of its local number, also where it is alone on its
+    host and should have all, or where the cluster shows it no other.
+    """
+    if environment.get("JAX_LOCAL_DEVICE_IDS"):
+        return None
+    alone = (re.fullmatch(r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+             if "OMPI_COMM_WORLD_SIZE" not in environment else environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1")
+    local = environment.get("OMPI_COMM_WORLD_LOCAL_RANK") or environment.get("SLURM_LOCALID")
+    if alone or not local or environment.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0:
+        return []
+    return [int(local)]
 
 
 def start(seconds: float) -> None:
@@ -65,20 +128,20 @@ def start(seconds: float) -> None:
         return
     given = explicit(os.environ)
     kind = "" if given else detected(os.environ)
-    if given is None and not kind:
+    if (given is None and not kind) or (given and given[1] == 1):
         return
-    arguments: dict = {}
     if given:
         address, count, index = given
-        arguments = {"coordinator_address": address, "num_processes": count, "process_id": index}
-        host, _, port = address.rpartition(":")
-        if index == 0:
-            if host in ("localhost", "127.0.0.1"):  # all on this machine: nobody else need reach it
-                arguments["coordinator_bind_address"] = f"127.0.0.1:{port}"
-            _check_free(host, int(port))
+        arguments = {"coordinator_address": address, "num_processes": count, "process_id": index,
+                     "cluster_detection_method": "deactivate",  # or Slurm would still choose the GPUs
+                     "coordinator_bind_address": bind_address(address) if index == 0 else None}
+    else:
+        arguments = {"cluster_detection_method": METHODS[kind]}
+    if given or "Slurm" in kind or "MPI" in kind:
+        arguments["local_device_ids"] = local_devices(os.environ)
     try:
-        jax.distributed.initialize(initialization_timeout=int(seconds), heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                                   shutdown_timeout_seconds=60, **arguments)
+        jax.distributed.initialize(initialization_timeout=max(1, int(seconds)), shutdown_timeout_seconds=60,
+                                   heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **arguments)
     except Exception as error:  # jaxlib raises several kinds
         where = f"process {given[2]} of {given[1]}, coordinator {given[0]}" if given else kind
         text = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
@@ -86,15 +149,33 @@ def start(seconds: float) -> None:
                          "them, with the same coordinator, and see that its port is open") from None
 
 
-def _check_free(host: str, port: int) -> None:
-    """gRPC would abort the process where the port is taken."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1" if host in ("localhost", "127.0.0.1") else "", port))
-        except OSError as error:
-            raise HostsError(f"LMJAX_COORDINATOR={host}:{port}: the port cannot be used ({error.strerror}); "
-                             "choose another") from None
+def bind_address(address: str) -> str | None:
+    """Where process 0 listens: on the interface that has the coordinator's address, where that is given in numbers (or
+    is localhost). None is JAX's default, all of them: a host's name may mean another address on that host itself, and
+    clouds translate addresses that no interface has. JAX_COORDINATOR_BIND_ADDRESS, where set, decides.
+
+    Raises HostsError if the port is taken; gRPC would abort the process.
+    """
+    if os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
+        return None
+    host, _, port = address.rpartition(":")
+    number = "127.0.0.1" if host == "localhost" else host.strip("[]")
+    try:
+        version = ipaddress.ip_address(number).version
+    except ValueError:
+        number, version = "", 4
+    for here in (number, ""):
+        with socket.socket(socket.AF_INET6 if version == 6 else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((here, int(port)))
+                return address.replace("localhost", number) if here else None
+            except OSError as error:
+                if here and error.errno == errno.EADDRNOTAVAIL:
+                    continue
+                raise HostsError(f"LMJAX_COORDINATOR={address}: the port cannot be used ({error.strerror}); choose "
+                                 "another") from None
+    return None
 
 
 def is_main() -> bool:
@@ -105,21 +186,30 @@ def is_main() -> bool:
 
 
 def gather_bytes(data: bytes) -> list[bytes]:
-    """What every process gave, in order of processes. Every process must call it."""
+    """What every process gave, in order of processes. Every process must call it; PeerLostError if one is gone."""
     if not several():
         return [data]
+    import numpy as np
+
+    lengths = _gather(np.array([len(data)], np.int32)).reshape(-1)
+    if not lengths.max():
+        return [b""] * len(lengths)
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[:len(data)] = np.frombuffer(data, np.uint8)
+    rows = _gather(padded).reshape(len(lengths), -1)
+    return [row[:n].tobytes() for row, n in zip(rows, lengths, strict=True)]
+
+
+def _gather(array):
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
 
-    with jax.transfer_guard("allow"):
-        lengths = np.asarray(multihost_utils.process_allgather(np.array([len(data)], np.int32))).reshape(-1)
-        if not lengths.max():
-            return [b""] * len(lengths)
-        padded = np.zeros(int(lengths.max()), np.uint8)
-        padded[:len(data)] = np.frombuffer(data, np.uint8)
-        rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(lengths), -1)
-    return [row[:n].tobytes() for row, n in zip(rows, lengths, strict=True)]
+    try:
+        with jax.transfer_guard("allow"):
+            return np.asarray(multihost_utils.process_allgather(array))
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # JAX 0.12 raises the second
+        raise peer_lost(error) or error from None
 
 
 def gather_text(text: str) -> list[str]:
@@ -155,12 +245,16 @@ def several() -> bool:
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def peer_lost(error: Exception) -> bool:
-    """Whether an error is how this process learns that another one is gone."""
+def peer_lost(error: Exception, where: str = "") -> PeerLostError | None:
+    """What to raise where an error is how this process learns that another one is gone; None where it is not."""
     import jax
 
-    return several() and not isinstance(error, UserError) and (
-        isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error))
+    # JAX 0.12 raises ValueError for some of them.
+    if not several() or isinstance(error, UserError) or not (
+            isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)):
+        return None
+    return PeerLostError(f"{where}the processes can no longer exchange data ({str(error).splitlines()[0][:160]}); "
+                         "another one has died or left, see its log; start all of them again to continue")
 
 
 def leave(code: int) -> None:

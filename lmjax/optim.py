@@ -57,7 +57,7 @@ class OptimConfig:
         for pattern in self.decay:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 bad.append(f"{prefix}.decay={pattern!r}: not a regular expression ({error})")
         return bad
 

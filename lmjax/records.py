@@ -100,6 +100,23 @@ def revive(value: Any) -> Any:
     return {k: revive(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
+# Fields that a summary or a report reads, if they are there. Others may hold anything.
+_NUMBERS = frozenset("""loss loss_kept loss_dropped loss_all kept_fraction perplexity bits_per_byte grad_norm lr tokens
+    tokens_per_second mfu memory_bytes data_wait seconds parameters time""".split())
+_TEXTS = ("kind", "split", "prompt", "text", "devices")
+
+
+def _is_record(record: Record) -> bool:
+    """Whether step and kind are there and what is read later has the type that is expected of it."""
+    def number(value: Any) -> bool:
+        return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+    read = _NUMBERS & record.keys() if record.get("kind") in ("start", "train", "eval") else ()
+    return (isinstance(record.get("kind"), str) and type(record.get("step")) is int and 0 <= record["step"] < 2**63
+            and all(number(record[key]) for key in read if record[key] is not None)
+            and all(isinstance(record[key], str) for key in _TEXTS if record.get(key) is not None))
+
+
 def _parse(path: Path) -> list[tuple[bytes, Record]]:
     """The whole lines of a metrics file, raw and parsed. A torn last line is left out."""
     try:
@@ -116,12 +133,12 @@ def _parse(path: Path) -> list[tuple[bytes, Record]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+            if record["kind"] != "sample":  # which may well say "nan"; it stays text
+                record = revive(record)
+        except (ValueError, TypeError, KeyError, RecursionError):
             record = None
-        ok = isinstance(record, dict) and isinstance(record.get("kind"), str)
-        if ok and type(record.get("step")) is int:
-            # A sample may well say "nan"; it stays text.
-            found.append((line, record if record["kind"] == "sample" else revive(record)))
+        if record is not None and _is_record(record):
+            found.append((line, record))
         elif number < len(lines):  # the last piece has no newline after it: a write that a kill cut short
             fix = "restore the file or delete that line"
             raise CheckpointError(f"{path}:{number}: not a metrics record: {line[:60]!r}; {fix}")

@@ -31,6 +31,9 @@ def evaluate_run(folder: str, batches: int, step: int) -> None:
                           "see docs/interop.md")
     opened = open_run(folder, mesh=all_devices(), step=step)
     corpus = prepare_all(opened.run.data)
+    for note in corpus.notes:
+        if note.startswith("warning"):
+            print(note)
     if corpus.fingerprint != opened.meta["corpus"]["fingerprint"]:
         raise DataError(f"{folder}: was trained on other data than data.sources give now (fingerprint "
                         f"{opened.meta['corpus']['fingerprint'][:12]}, now {corpus.fingerprint[:12]}); bring the old "

@@ -76,6 +76,20 @@ def test_bytes_that_are_not_utf8(config, capsys):
     assert main(["train", str(config), *FAST, "--data.sources[0].encoding_errors=skip"]) == 0
 
 
+def test_bad_lines_are_refused_or_left_out_within_a_budget(config, capsys):
+    text = config.parent / "text"
+    lines = [json.dumps({"text": file.read_text()}) for file in sorted(text.glob("*.txt"))]
+    (config.parent / "x.jsonl").write_text("\n".join([*lines[:9], "{torn", '{"other": 1}', *lines[9:]]))
+    config.write_text(config.read_text().replace('SourceConfig("text", ', 'SourceConfig("jsonl", ').replace(
+        str(text), str(config.parent / "x.jsonl")))
+    fails(capsys, ["train", config, *FAST], 3, "x.jsonl:10", "not valid JSON", "on_bad_record")
+    skip = "--data.sources[0].on_bad_record=skip"
+    fails(capsys, ["train", config, *FAST, skip, "--data.sources[0].max_bad_records=1"], 3, "x.jsonl:10", "x.jsonl:11",
+          "max_bad_records = 1")
+    assert main(["train", str(config), *FAST, skip]) == 0
+    assert load_manifest(prepared(config)).skipped == {"malformed": 1, "no_field": 1}
+
+
 # ---- shards and tokenizers -----------------------------------------------------------------------------
 
 
@@ -96,6 +110,44 @@ def test_truncated_shard(config, capsys):
     assert snapshot(config.parent / "runs") == run
 
 
+def test_changed_shard(config, capsys):
+    """The size is right and one bit is not: told by hash, before anything is compiled."""
+    assert main(["data", "prepare", str(config.parent / "text"), "--out", str(config.parent / "shards"),
+                 "--validation-fraction", "0.2"]) == 0
+    config.write_text(config.read_text().replace('SourceConfig("text", ', 'SourceConfig("shards", ').replace(
+        str(config.parent / "text"), str(config.parent / "shards")))
+    (shard,) = (config.parent / "shards").glob("train-*.tokens.npy")
+    data = bytearray(shard.read_bytes())
+    data[-4] ^= 1
+    shard.write_bytes(data)
+    fails(capsys, ["train", config, *FAST], 3, shard.name, "sha256", "lmjax data prepare")
+    assert not list((config.parent / "runs").rglob("checkpoints/*"))
+    assert main(["train", str(config), *FAST, "--data.verify=sizes"]) == 0, "what is not looked at is not seen"
+
+
+def test_shard_cut_short_during_the_run(config, capsys, monkeypatch):
+    from lmjax.data import Batches
+
+    original = Batches.batch
+
+    def cutting(self, step, *args, **kwargs):
+        if step == 2:
+            with next(prepared(config).glob("train-*.tokens.npy")).open("r+b") as shard:
+                shard.truncate(200)
+        return original(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(Batches, "batch", cutting)
+    fails(capsys, ["train", config, *FAST], 3, "train-00000.tokens.npy", "whole when the run began")
+    assert (config.parent / "runs" / "tiny" / "checkpoints" / "2").is_dir(), "what was saved before is still there"
+
+
+def test_manifest_that_names_files_elsewhere(config, capsys):
+    assert main(["train", str(config), *FAST]) == 0
+    path = prepared(config) / "manifest.json"
+    path.write_text(path.read_text().replace('"train-00000.tokens.npy"', '"../../train-00000.tokens.npy"'))
+    fails(capsys, ["train", config, *FAST], 3, path, "no name of a shard")
+
+
 def test_token_id_beyond_the_vocabulary(config, capsys):
     assert main(["data", "prepare", str(config.parent / "text"),
                  "--out", str(config.parent / "shards"), "--validation-fraction", "0.2"]) == 0
@@ -106,7 +158,7 @@ def test_token_id_beyond_the_vocabulary(config, capsys):
         np.save(shard, tokens)
     config.write_text(config.read_text().replace('SourceConfig("text", ', 'SourceConfig("shards", ').replace(
         str(config.parent / "text"), str(folder)))
-    fails(capsys, ["train", config, *FAST], 3, "999", "tokens.npy")
+    fails(capsys, ["train", config, *FAST, "--data.verify=sizes"], 3, "999", "tokens.npy")
 
 
 def test_tokenizer_of_another_size(config, capsys):
@@ -255,3 +307,32 @@ def test_unknown_commands(capsys):
     fails(capsys, ["data", "prepar"], 2, "lmjax data prepare")
     fails(capsys, ["train", "nothing.py"], 2, "nothing.py", "no such config file")
     fails(capsys, ["train", "configs/quickstart.py", "--devices", "4"], 2, "--dry-run")
+
+
+# ---- configs as JSON -------------------------------------------------------------------------------------------
+
+
+def test_the_config_of_a_run_is_a_config(trained, tmp_path, capsys):
+    saved = trained / "runs" / "tiny" / "config.json"
+    assert main(["train", str(saved), "--name=again", f"--run_root={tmp_path}"]) == 0
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again == json.loads(saved.read_text()) | {"name": "again", "run_root": str(tmp_path)}
+    assert state_hash(tmp_path / "again", 4) == state_hash(trained / "runs" / "tiny", 4), "and the same run"
+
+
+def test_mistakes_in_a_json_config_are_told_at_once(trained, tmp_path, capsys):
+    value = json.loads((trained / "runs" / "tiny" / "config.json").read_text())
+    value["stepz"] = 3
+    value["model"]["num_layers"] = "two"
+    value["data"]["sources"][0]["wieght"] = 1
+    (tmp_path / "x.json").write_text(json.dumps(value))
+    assert main(["train", str(tmp_path / "x.json")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all(line.startswith(f"lmjax: {tmp_path / 'x.json'}: ") for line in lines)
+    for words in (("data.sources[0].wieght", "data.sources[0].weight"), ("stepz", "steps"),
+                  ("model.num_layers='two'", "expected int")):
+        assert any(all(word in line for word in words) for line in lines), words
+    for text, word in (("{", "not valid JSON"), ('{"seed": 1, "seed": 2}', "seed"), ('{"seed": NaN}', "NaN"),
+                       ("[]", "expected RunConfig"), ("[" * 10**5, "not valid JSON"), ("\ud800", "x.json")):
+        (tmp_path / "x.json").write_text(text, errors="surrogatepass")
+        fails(capsys, ["train", tmp_path / "x.json"], 2, word, "x.json")

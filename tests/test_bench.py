@@ -277,6 +277,14 @@ def test_bench_decode(capsys):
     assert main(["bench", "decode", "--batch=one"]) == 2 and "give whole numbers" in capsys.readouterr().err
 
 
+def test_bench_serve(capsys):
+    assert main(["bench", "serve", "--smoke"]) == 0
+    ways = last_line(capsys)["ways"]
+    assert list(ways) == ["generate, one by one", "engine, 1 at once", "engine, 2 at once"]
+    assert all(way["seconds"]["median"] > 0 and way["gain"]["median"] > 0 for way in ways.values())
+    assert main(["bench", "serve", "--new=0"]) == 2 and "--new=0: must be at least 1" in capsys.readouterr().err
+
+
 def test_bench_checkpoint(capsys, tmp_path, monkeypatch):
     assert main(["bench", "checkpoint", "--smoke", f"--folder={tmp_path}"]) == 0
     found = last_line(capsys)["sizes"]["100,000"]

@@ -118,6 +118,16 @@ def test_json_round_trip():
         from_json({"nosuch": 1}, "here")
 
 
+@pytest.mark.parametrize("value,words", [
+    ({"data": {"sources": {}}}, "data.sources={}: expected a tuple"), ({"model": 3}, "model=3: expected DecoderConfig"),
+    ({"model": {"rope_scaling": []}}, "model.rope_scaling"), ({"optim": {"eps": 10**400}}, "optim.eps.*63 bits"),
+    ({"name": "a\0"}, "name.*U.0000"), ({"name": "\ud800"}, "name.*U.D800"),
+    ({"model": {"windows": [0, "a"]}}, r"\[1\]")])
+def test_plain_values_of_the_wrong_kind(value, words):
+    with pytest.raises(ConfigError, match=words):
+        from_json(value, "here")
+
+
 def test_vocabulary_fits_the_tokenizer():
     assert fit_vocabulary(RunConfig(), "bytes", 257).model.vocab_size == 320
     given = dataclasses.replace(RunConfig(), model=dataclasses.replace(RunConfig().model, vocab_size=300))

@@ -61,6 +61,7 @@ def folder(tmp_path_factory):
     """A model with random weights, loud enough to prefer some tokens, and tasks with texts longer than its rows."""
     folder = tmp_path_factory.mktemp("harness")
     tokenizer = train_bpe([" ".join(WORDS)] * 2, 290)
+    tokenizer.chat_template = CHAT
     config = dataclasses.replace(TINY_RUN, qk_norm=False, max_seq_len=64)
     params = host_tree(Decoder(config, seed=0))
     params["embed_VD"] = params["embed_VD"] * 20
@@ -77,13 +78,17 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(model, folder):
+CHAT = ("{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}reads:{% endif %}")
+
+
+def run(model, folder, **options):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     tasks = TaskManager(include_path=str(folder), include_defaults=False)
     return simple_evaluate(model, tasks=["lmjax_choices", "lmjax_texts", "lmjax_answers"], task_manager=tasks,
-                           bootstrap_iters=0, log_samples=True)
+                           bootstrap_iters=0, log_samples=True, **options)
 
 
 def responses(result, task: str) -> list:
@@ -116,6 +121,33 @@ def test_equal_to_the_hugging_face_backend(folder, monkeypatch):
         for name, value in metrics.items():
             if isinstance(value, float):
                 assert ours["results"][task][name] == pytest.approx(value, rel=1e-4), (task, name)
+
+
+def test_chats_are_equal_to_the_hugging_face_backend(folder, monkeypatch):
+    """With the template applied; and a text that spells a special stays text, unlike there."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    from lm_eval.models.huggingface import HFLM
+
+    from lmjax.interop.lm_eval import HarnessModel
+
+    model = HarnessModel(str(folder / "model"), batch_size=3)
+    ours = run(model, folder, apply_chat_template=True, system_instruction="it read")
+    theirs = run(HFLM(pretrained=str(folder / "model"), batch_size=3, device="cpu", dtype="float32"), folder,
+                 apply_chat_template=True, system_instruction="it read")
+    a, b = (numbers(responses(result, "lmjax_choices")) for result in (ours, theirs))
+    assert np.abs(a - b).max() < 1e-5 * np.abs(b).max() and np.ptp(b) > 1
+    assert responses(ours, "lmjax_answers") == responses(theirs, "lmjax_answers")
+    plain = numbers(responses(run(model, folder), "lmjax_choices"))
+    assert np.abs(a - plain).max() > 1e-3 * np.abs(b).max(), "the template must make a difference"
+
+    def specials(text):
+        return model.tok_encode(model.apply_chat_template([{"role": "user", "content": text}])).count(
+            model.tokenizer.eos_id)
+    assert specials("read") == specials("<|document|>") == 2
+    assert model.chat_template(True) == CHAT and model.tokenizer_name == model.tokenizer.fingerprint
+    with pytest.raises(ConfigError, match="one template"):
+        model.chat_template("tool_use")
 
 
 def test_settings_that_are_not_ours(folder):

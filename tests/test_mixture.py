@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmjax.data.mixture import Batches, DataConfig, prepare_all, validation_batches
+from lmjax.data.mixture import Batches, DataConfig, prepare_all, rows_of_sources, validation_batches
 from lmjax.data.rows import Rows
 from lmjax.data.shards import Tokens
 from lmjax.data.sources import SourceConfig
@@ -148,6 +148,62 @@ def test_weights_are_shares_of_rows(both):
     assert epochs[0] > epochs[1]
 
 
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0), (3.0, 1.0), (0.7, 0.29, 0.01), (1.0, 2.5, 1e-3, 7.0)])
+def test_rows_of_sources_is_the_rule_of_grain(weights):
+    import grain
+
+    streams = [grain.MapDataset.source(range(10)).map(lambda _, index=index: index).repeat(None)
+               for index in range(len(weights))]
+    mixed = streams[0] if len(weights) == 1 else grain.MapDataset.mix(streams, weights=weights)
+    seen = [0] * len(weights)
+    wrong = 0  # known wrong: each source's share of the weights, rounded
+    for count in range(700):
+        assert rows_of_sources(count, weights) == tuple(seen), count
+        wrong += [round(count * weight / sum(weights)) for weight in weights] != seen
+        seen[mixed[count]] += 1
+    assert wrong > 10 or len(set(weights)) == 1
+
+
+def test_what_was_used_of_each_source(both):
+    batches = Batches(both, "train", 4, 16, seed=1)
+    known = [set(rows_of(both, 16, index)) for index in range(2)]
+    seen = [0, 0]
+    for step in range(12):
+        for use, rows, count in zip(batches.used(step), batches._rows, seen, strict=True):
+            assert (use.rows, use.tokens, use.epochs) == (count, count * 16, count / len(rows))
+        batch = batches.batch(step)
+        for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
+            seen[0 if tokens.tobytes() + targets.tobytes() in known[0] else 1] += 1
+    assert seen == [use.rows for use in batches.used(12)] and abs(seen[0] - 36) <= 1
+    assert [use.folder for use in batches.used(0)] == [str(folder) for folder in both.folders]
+
+
+def test_used_counts_no_padding(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "abc"}\n{"text": "defg"}\n')
+    corpus = prepare_all(DataConfig((SourceConfig("jsonl", str(tmp_path / "x.jsonl")),), workers=1,
+                                    cache_dir=str(tmp_path / "c"), validation_fraction=0))
+    (use,) = Batches(corpus, "train", 2, 64, seed=0).used(3)
+    assert (use.rows, use.tokens, use.epochs) == (6, 6 * (3 + 4 + 4 - 1), 6.0)
+
+
+def test_bad_records_are_counted_and_told(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "abc"}\n{"text": ""}\n{"tex": 1}\n{"text": 7}\n{\n{"text": "def"}\n')
+
+    def cfg(**more):
+        return DataConfig((SourceConfig("jsonl", str(tmp_path / "x.jsonl"), **more),), workers=1,
+                          cache_dir=str(tmp_path / "c"), validation_fraction=0)
+
+    with pytest.raises(DataError, match="x.jsonl:3: no field 'text'.*on_bad_record"):
+        prepare_all(cfg())
+    for more in ({}, {"max_bad_records": 3}):  # the second finds the folder finished
+        corpus = prepare_all(cfg(on_bad_record="skip", **more))
+        assert corpus.manifests[0].skipped == {"empty": 1, "malformed": 1, "no_field": 1, "wrong_type": 1}
+        assert "1 documents left out as malformed JSON" in corpus.notes[-1] and "zero length" in corpus.notes[-1]
+        assert corpus.manifests[0].documents == 2
+    with pytest.raises(DataError, match="3 bad records were left out .*max_bad_records = 2"):
+        prepare_all(cfg(on_bad_record="skip", max_bad_records=2))
+
+
 def test_validation_predicts_each_held_out_token_once(both):
     for index, manifest in enumerate(both.manifests):
         split = manifest.splits["validation"]
@@ -261,3 +317,9 @@ def test_every_problem_of_a_config_is_found(place):
     with pytest.raises(DataError, match="no held-out tokens"):
         validation_batches(prepare_all(none), 2, 8)
     assert Path(none.cache_dir).is_dir()
+
+
+def test_weights_that_lie_too_far_apart(place):
+    apart = config(place, "small", "large", weights=[1e-200, 1.0])
+    assert any("times apart" in problem for problem in apart.problems())
+    assert not config(place, "small", "large", weights=[1e-5, 1.0]).problems()

@@ -166,6 +166,25 @@ def test_penalties_equal_brute_force(names):
     assert np.allclose(np.where(np.isfinite(ours), ours, 0), np.where(np.isfinite(wrong), wrong, 0), atol=1e-4) == sums
 
 
+def test_long_repetitions_cost_nothing_where_dry_is_off():
+    """1.75^200 is infinite in float32, and 0 times that would be NaN."""
+    n = 200
+    logits, tokens = jnp.zeros((2, V)), jnp.full((2, n + 1), 7)
+    matches = jnp.broadcast_to(jnp.arange(n + 1), (2, n + 1))
+    out = processors.dry(logits, matches, tokens, jnp.full(2, n + 1), jnp.asarray([0.0, 0.8]),
+                         jnp.full(2, 1.75), jnp.full(2, 2))
+    np.testing.assert_array_equal(out[0], 0)
+    assert out[1, 7] <= -1e29 and np.isfinite(out).all() and 1.75**n > 3.5e38
+
+
+def test_a_bias_is_added_before_everything():
+    configs = [SampleConfig(repetition_penalty=2.0)]
+    settings = settings_of(configs) | {"logit_bias": jnp.full((1, V), 3.0)}
+    history = processors.History(jnp.ones((1, V), bool), None, None, None)
+    out = penalise(jnp.full((1, V), -1.0), settings, active(configs), history, jnp.zeros((1, 4), int), jnp.asarray([4]))
+    np.testing.assert_array_equal(out, (-1 + 3) / 2)
+
+
 def test_rows_that_are_done_remember_nothing():
     configs = random_configs("repetition_penalty", "frequency_penalty", "no_repeat_ngram", "dry_multiplier")
     history, tokens, lengths = remembered(active(configs))

@@ -19,6 +19,7 @@ def test_lineage_survives_and_adds_up(tmp_path):
     lineage.jump(4, 10, writes=True)
     lineage.jump(6, 100, writes=True)
     assert [Lineage(tmp_path).batch(s) for s in (3, 4, 5, 6, 7)] == [3, 14, 15, 116, 117]
+    assert Lineage(tmp_path).ranges(8) == [(0, 4), (14, 16), (116, 118)] and Lineage(tmp_path).ranges(4) == [(0, 4)]
     Lineage(tmp_path).jump(8, 1, writes=False)
     assert Lineage(tmp_path).batch(9) == 119, "only the first process writes"
 

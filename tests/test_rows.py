@@ -142,4 +142,4 @@ def test_many_shards_need_few_file_handles(tokens, monkeypatch):
     monkeypatch.setattr("lmjax.data.shards._OPEN_SHARDS", 2)
     fresh = Tokens(tokens.folder, "train")
     np.testing.assert_array_equal(fresh.read(0, len(fresh))[0], whole(tokens)[0])
-    assert len(fresh._open) == 2
+    assert len(fresh._files._values) == 2

@@ -215,3 +215,42 @@ def test_the_room_needs_no_jax():
     found = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {path}; {code}"],
                            capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.strip() == "False"
+
+
+BAD_LINES = {"malformed": b"{broken", "no_field": b'{"other": 1}', "wrong_type": b'{"text": 7}',
+             "undecodable": b'{"text": "\xff"}'}
+
+
+@pytest.mark.parametrize("reason", BAD_LINES)
+def test_bad_records_are_left_out_within_a_budget(tmp_path, reason):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "good"}\n' + (BAD_LINES[reason] + b"\n") * 3 + b'{"text": "fine"}\n')
+    with pytest.raises(DataError, match="x.jsonl:2.*on_bad_record"):
+        list(documents(SourceConfig("jsonl", str(path)), Counter()))
+    counts = Counter()
+    source = SourceConfig("jsonl", str(path), on_bad_record="skip", max_bad_records=3)
+    assert [d.text for d in documents(source, counts)] == ["good", "fine"] and counts == {reason: 3}
+    with pytest.raises(DataError, match="x.jsonl:2.*x.jsonl:3.*x.jsonl:4: more than|more than max_bad_records = 2"):
+        list(documents(SourceConfig("jsonl", str(path), on_bad_record="skip", max_bad_records=2), Counter()))
+
+
+def test_what_encoding_errors_leaves_out_has_no_budget(folder):
+    source = SourceConfig("text", str(folder), encoding_errors="skip", on_bad_record="skip", max_bad_records=0)
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    counts = Counter()
+    assert list(documents(source, counts)) and counts["undecodable"] == 1
+
+
+def test_a_file_that_is_broken_as_a_whole_is_no_record(tmp_path):
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"text": "abc"}\n' * 5000)[:-30])
+    with pytest.raises(DataError, match="damaged gzip"):
+        list(documents(SourceConfig("jsonl", str(tmp_path / "x.jsonl.gz"), on_bad_record="skip"), Counter()))
+
+
+def test_settings_of_bad_records_that_do_not_go_together(tmp_path):
+    for more, word in (({"on_bad_record": "ignore"}, "must be one of error, skip"),
+                       ({"max_bad_records": -1}, "negative"),
+                       ({"max_bad_records": 5}, "has no effect"),
+                       ({"kind": "pystdlib", "path": "", "on_bad_record": "skip"}, "has no effect on kind")):
+        source = SourceConfig(**{"kind": "text", "path": str(tmp_path)} | more)
+        assert any(word in problem for problem in source.problems()), more

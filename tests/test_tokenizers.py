@@ -217,3 +217,11 @@ def test_bos_for_other_libraries_changes_neither_ids_nor_fingerprint(tmp_path):
         there = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("some").ids
         assert there == [tokenizer.bos_id, *again.encode("some").tolist()]
         assert json_with_bos(again) == again.to_json() != tokenizer.to_json()
+
+
+def test_a_definition_that_makes_the_library_panic(tmp_path):
+    definition = json.loads(train_bpe(["some text, some more text"], 262).to_json())
+    definition["model"]["continuing_subword_prefix"] = "x" * 80  # longer than what is merged
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(DataError, match="not a tokenizer.json that"):
+        load_tokenizer(str(tmp_path))

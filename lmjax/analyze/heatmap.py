@@ -19,6 +19,7 @@ from lmjax.analyze.scored import Scored, context_of, most_surprising, shown
 from lmjax.data import Tokenizer
 from lmjax.evals.score import Totals
 from lmjax.evals.windows import WindowConfig
+from lmjax.records import format_bytes
 from lmjax.report.charts import Series, escape, format_tick, line_chart
 
 PAGE_TOKENS = 20_000  # more than this makes a browser slow
@@ -57,7 +58,7 @@ def write_page(path: Path, model: str, tokenizer: Tokenizer, texts: Sequence[Sco
     scored, and the page says where it shows less. Raises OSError where it cannot be written."""
     text = page_of(model, tokenizer, texts, totals, windows, count)
     path.write_text(text, encoding="utf-8", newline="\n")
-    say(f"wrote {path} ({len(text.encode()) / 1e6:.1f} MB); open it in a browser")
+    say(f"wrote {path} ({format_bytes(len(text.encode()))}); open it in a browser")
 
 
 def page_of(model: str, tokenizer: Tokenizer, texts: Sequence[Scored], totals: Totals, windows: WindowConfig,

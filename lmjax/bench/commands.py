@@ -11,6 +11,7 @@ USAGE = """usage: lmjax bench COMMAND [options]
   start        --help, import, first step, compile time by depth
   checkpoint   how long a save stalls the loop, and a restore
   decode       greedy decoding with a cache against Transformers
+  serve        continuous batching against one request after another
 
 The last line of stdout is one JSON object with everything. `lmjax bench COMMAND --help` says more; how to read the
 figures: docs/performance.md.
@@ -37,6 +38,8 @@ def run_bench(args: list[str]) -> int:
             from lmjax.bench.checkpoint import run
         case "decode":
             from lmjax.bench.decode import run
+        case "serve":
+            from lmjax.bench.serve import run
         case other:
             raise ConfigError(f"lmjax bench {other}: no such benchmark; see `lmjax bench --help`")
     return run(args[1:])

@@ -86,6 +86,7 @@ FAULTS = (
     Fault(N.other_config, "2 processes with different configs", "both exit 8 and name the field", 1),
     Fault(N.missing_process, "one of 2 processes never starts", "the other ends within its limit", 1),
     Fault(N.port_taken, "the coordinator's port is taken", "exit 8, the port named", 1),
-    Fault(N.shard_damaged, "one bit of the prepared data flipped", "exit 3, file and fix named", 2),
+    Fault(N.shard_damaged, "one bit of the prepared data flipped", "told, and made anew; " + RESUMES, 2),
+    Fault(N.given_shard_damaged, "one bit of given shards flipped", "exit 3, file and fix named", 1),
     Fault(N.secrets, "secrets in the environment, and a crash", "they are in no file and no line", 1),
 )

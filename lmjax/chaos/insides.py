@@ -251,26 +251,45 @@ def port_taken(lab: Lab) -> Outcome:
 
 
 def shard_damaged(lab: Lab) -> Outcome:
-    """A bit of the prepared data flips between two starts: refused, and made anew by the command that it names."""
+    """A bit of the prepared data flips between two starts: told, and made anew from the text, which is there."""
+    name, reached, shard, before = _with_another_token(lab)
+    outcome = lab.recover(name, time.monotonic(), reached)
+    expect("its bytes have changed" in (lab.folder / f"{name}-0.log").read_text(), "nothing was said")
+    expect(shard.read_bytes() == before, "the shard was not made anew")
+    return outcome
+
+
+def given_shard_damaged(lab: Lab) -> Outcome:
+    """The same where the run was given shards, and there is no text to make them from: refused."""
+    lab.reference()
+    shards = next((lab.folder / "data").rglob("train-*.tokens.npy")).parent
+    options = ("--data.sources[0].kind=shards", f"--data.sources[0].path={shards}")
+    name, reached, shard, before = _with_another_token(lab, *options)
+    try:
+        attempt = lab.start(name, *options)
+        codes, text = attempt.wait(), attempt.output()
+        expect(codes == [3] and "its bytes have changed" in text and "bring the file back" in text,
+               f"exit code {codes}:\n{text[-800:]}")
+    finally:
+        shard.write_bytes(before)
+    lab.finish(name, *options)
+    lab.same(name)
+    return Outcome()
+
+
+def _with_another_token(lab: Lab, *options: str) -> tuple:
+    """(name, steps done, shard, its right bytes) of a run that was killed before one bit of its data flipped."""
     name = lab.name()
-    attempt = lab.start(name)
+    attempt = lab.start(name, *options)
     lab.reach(attempt, 2 * EVERY)
     kill(attempt)
     attempt.wait()
-    reached = lab.step(name)
     shard = next((lab.folder / "data").rglob("train-*.tokens.npy"))
     before = shard.read_bytes()
     data = bytearray(before)
     data[200 + 2 * lab.rng.randrange((len(data) - 200) // 2)] ^= 1  # another token, and a valid one
     shard.write_bytes(data)
-    try:
-        attempt = lab.start(name)
-        codes = attempt.wait()
-        expect(codes == [3] and "its bytes have changed" in attempt.output(),
-               f"exit code {codes}:\n{attempt.output()[-800:]}")
-    finally:
-        shard.write_bytes(before)
-    return lab.recover(name, time.monotonic(), reached)
+    return name, lab.step(name), shard, before
 
 
 def secrets(lab: Lab) -> Outcome:

@@ -38,7 +38,7 @@ PACKAGES = ("lmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grai
 # as the model, the data, the objective, the batch and the seed, must be equal.
 FREE = ("name", "run_root", "steps", "optim", "mesh", "compute", "log", "checkpoint", "evals", "limits",
         "guard.sigmas", "guard.in_row", "guard.rewinds", "guard.rewind_steps", "guard.rewind_jump", "guard.recheck",
-        "data.cache_dir", "data.workers")
+        "data.cache_dir", "data.workers", "data.verify")
 
 
 @dataclasses.dataclass
@@ -226,11 +226,14 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict:
         """The JSON saved beside the arrays."""
+        path = self.folder / str(step) / manifest.META
         try:
-            return json.loads((self.folder / str(step) / manifest.META).read_bytes())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.folder / str(step)}: unreadable {manifest.META}: {_first_line(error)}"
-                                  ) from None
+            meta = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: unreadable: {_first_line(error)}") from None
+        if not isinstance(meta, dict) or meta.get("step") != step:
+            raise CheckpointError(f"{path}: is not what was saved with step {step}")
+        return meta
 
     # ---- restoring -------------------------------------------------------------------------------------
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from lmjax.data.manifest import Manifest, load_manifest
 from lmjax.data.mixture import DataConfig, prepared_folder, resolve_tokenizer
+from lmjax.data.policy import ENCODING, RECORDS, skipped_line
 from lmjax.data.prepare import SHARD_BYTES, prepare
 from lmjax.data.prepare import Progress as Finished
 from lmjax.data.shards import Tokens
-from lmjax.data.sources import KINDS, POLICIES, SourceConfig, documents, skipped_line, source_key
-from lmjax.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
+from lmjax.data.sources import KINDS, SourceConfig, documents, source_key
+from lmjax.data.tokenizers import MAX_BPE, Tokenizer, load_tokenizer, train_bpe
 from lmjax.errors import ConfigError
 
 
@@ -26,7 +27,7 @@ def run_prepare(args: list[str]) -> int:
     """`lmjax data prepare`: a corpus becomes a folder of token shards."""
     parser = argparse.ArgumentParser(
         prog="lmjax data prepare",
-        description="Turn a corpus into memory-mapped token shards with a manifest. Without PATH the corpus "
+        description="Turn a corpus into token shards with a manifest. Without PATH the corpus "
                     "is "
                     "the standard library of this Python, which needs no download. A run that was stopped "
                     "goes "
@@ -114,8 +115,8 @@ def run_tokenizer_train(args: list[str]) -> int:
                                                                                  "%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     given = parser.parse_args(args)
-    if given.vocab_size < 257:
-        raise ConfigError(f"--vocab-size {given.vocab_size}: must be at least 257")
+    if not 257 <= given.vocab_size <= MAX_BPE:
+        raise ConfigError(f"--vocab-size {given.vocab_size}: must be from 257 to {MAX_BPE}")
     if given.out.exists() and not given.force:
         raise ConfigError(f"--out {given.out}: exists already; choose another name or give --force")
     source = _source(given)
@@ -221,13 +222,18 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
                                                         "text)")
     parser.add_argument("--split", default="train", help="split of a dataset, hf only (default: train)")
     parser.add_argument("--subset", default="", help="configuration of a dataset, hf only")
-    parser.add_argument("--encoding-errors", choices=POLICIES, default="error",
+    parser.add_argument("--encoding-errors", choices=ENCODING, default="error",
                         help="for bytes that are no UTF-8 (default: error)")
+    parser.add_argument("--on-bad-record", choices=RECORDS, default="error",
+                        help="for lines and rows that cannot be used (default: error)")
+    parser.add_argument("--max-bad-records", type=int, default=SourceConfig.max_bad_records, metavar="N",
+                        help="so many are left out with --on-bad-record skip (default: %(default)s)")
 
 
 def _source(given: argparse.Namespace) -> SourceConfig:
     kind = given.kind or _guess_kind(given.path)
-    return SourceConfig(kind, given.path, given.field, 1.0, given.split, given.subset, given.encoding_errors)
+    return SourceConfig(kind, given.path, given.field, 1.0, given.split, given.subset, given.encoding_errors,
+                        given.on_bad_record, given.max_bad_records)
 
 
 def _guess_kind(path: str) -> str:

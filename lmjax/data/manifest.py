@@ -11,6 +11,7 @@ list of source files as `files.json`. Nothing in it depends on time, machine or 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from typing import Any
 from lmjax.errors import DataError
 
 FORMAT = 1
+DTYPES = ("uint16", "uint32")  # of token ids
 MANIFEST = "manifest.json"
 PROGRESS = "progress.jsonl"
 
@@ -95,19 +97,71 @@ def load_manifest(folder: str | Path) -> Manifest:
         raise DataError(f"{folder}: not a prepared folder (no {MANIFEST}); make one with `lmjax data "
                         "prepare`")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes())
         version = value["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: damaged ({error!r}); remove the folder and prepare it again") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: damaged ({_short(error)}); remove the folder and prepare it again") from None
     if version != FORMAT:
-        raise DataError(f"{path}: format version {version!r}, but this lmjax reads {FORMAT}; prepare the "
+        raise DataError(f"{path}: format version {version!r:.40}, but this lmjax reads {FORMAT}; prepare the "
                         "corpus again in another folder")
     try:
-        splits = {name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
-                  for name, split in value["splits"].items()}
-        return Manifest(**{**value, "splits": splits})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: damaged ({error!r}); remove the folder and prepare it again") from None
+        return _manifest(value)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: damaged ({_short(error)}); remove the folder and prepare it again") from None
+
+
+def _short(error: Exception) -> str:
+    return " ".join(repr(error).split())[:200]
+
+
+def _manifest(value: dict[str, Any]) -> Manifest:
+    """A manifest from JSON, every field looked at. Raises ValueError, KeyError or TypeError where one is wrong."""
+    splits = {name: Split(**{**split, "shards": tuple(read_shard(shard) for shard in split["shards"])})
+              for name, split in value["splits"].items()}
+    manifest = Manifest(**{**value, "splits": splits})
+    for name, split in splits.items():
+        for what in ("tokens", "documents", "bytes"):
+            total = sum(getattr(shard, what) for shard in split.shards)
+            if type(getattr(split, what)) is not int or getattr(split, what) != total:
+                raise ValueError(f"split {name!r}: {what}={getattr(split, what)!r}, but its shards have {total}")
+    files = [file for split in splits.values() for s in split.shards for file in (s.file, s.offsets_file)]
+    if len(set(files)) < len(files):
+        raise ValueError("it names a file twice")
+    if manifest.dtype not in DTYPES:
+        raise ValueError(f"dtype={manifest.dtype!r} is none of {', '.join(DTYPES)}")
+    _check_texts(manifest)
+    if manifest.fingerprint != manifest_fingerprint(manifest.tokenizer["fingerprint"], splits):
+        raise ValueError("its fingerprint is not that of its shards: it was changed by hand")
+    return manifest
+
+
+def _check_texts(manifest: Manifest) -> None:
+    """The parts that are told, not used to find files."""
+    t, counts = manifest.tokenizer, manifest.skipped
+    if not all(type(t[name]) is str for name in ("name", "fingerprint")) or not all(
+            type(t[name]) is int for name in ("vocab_size", "bos_id", "eos_id")):
+        raise ValueError("tokenizer: a field has the wrong type")
+    if not 0 < t["vocab_size"] <= 2**32:
+        raise ValueError(f"tokenizer: vocab_size={t['vocab_size']}")
+    if not all(type(count) is int and count >= 0 for count in counts.values()):
+        raise ValueError("skipped: not counts")
+    if type(manifest.identity) is not dict or not all(
+            type(manifest.source[name]) is str for name in ("kind", "path")):
+        raise ValueError("source or identity: a field has the wrong type")
+
+
+def read_shard(value: dict[str, Any]) -> Shard:
+    """A shard from JSON. Raises ValueError for a field of a wrong type, and for a name that is not one of a file in
+    the folder itself, such as "../x": what a manifest says never leads out of its folder."""
+    shard = Shard(**value)
+    for name, hint in Shard.__annotations__.items():
+        found = getattr(shard, name)
+        if type(found) is not hint or (hint is int and not 0 <= found < 2**62):
+            raise ValueError(f"{name}={str(found)[:60]!r} is no {hint.__name__} from 0")
+    for name, kind in ((shard.file, "tokens"), (shard.offsets_file, "offsets")):
+        if not re.fullmatch(rf"[A-Za-z0-9_]+-[0-9]{{1,9}}\.{kind}\.npy", name):
+            raise ValueError(f"{name[:60]!r} is no name of a shard's {kind} in this folder")
+    return shard
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -134,9 +188,13 @@ def damage(folder: Path, shard: Shard, hashes: bool) -> str:
             kind = "truncated" if found < size else "too long"
             return f"{path}: {kind} shard, {found} bytes found, {size} expected"
         if hashes:
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    return f"{path}: its bytes have changed (sha256 differs from the manifest)"
+            try:
+                with path.open("rb") as file:
+                    same = hashlib.file_digest(file, "sha256").hexdigest() == sha256
+            except OSError as error:
+                return f"{path}: cannot be read ({error.strerror})"
+            if not same:
+                return f"{path}: its bytes have changed (sha256 differs from the manifest)"
     return ""
 
 

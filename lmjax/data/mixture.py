@@ -16,14 +16,19 @@ from pathlib import Path
 
 import numpy as np
 
-from lmjax.data.manifest import Manifest, load_manifest, write_atomically
+from lmjax.data.manifest import Manifest, damage, load_manifest, write_atomically
+from lmjax.data.policy import skipped_line
 from lmjax.data.prepare import SHARD_BYTES, Progress, prepare, training_documents
 from lmjax.data.rows import Rows, padding
 from lmjax.data.shards import Tokens
-from lmjax.data.sources import SourceConfig, check_outside, source_key
-from lmjax.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
+from lmjax.data.sources import SourceConfig, check_budget, check_outside, source_key
+from lmjax.data.tokenizers import MAX_BPE, Tokenizer, load_tokenizer, train_bpe
+from lmjax.data.verify import POLICIES, verify_hashes
 from lmjax.errors import DataError
 
+_WEIGHTS_APART = 1e6
+_TOLD = 20  # damaged shards that are spelt out
+_REPAIRED = "warning: {}; made anew from the text, but look at the disk"
 BPE_TRAINING_BYTES = 64 << 20  # more text changes a small vocabulary very little
 
 
@@ -37,6 +42,8 @@ class DataConfig:
     validation_fraction  share of each source that is held out
     cache_dir            where prepared folders are kept
     workers              processes for preparing; 0 for every core
+    verify               at every start hold each shard against its sha256 ("hashes"), or look at sizes only ("sizes",
+                         for a corpus that is too large to read, or lies on storage that checks itself)
     """
 
     sources: tuple[SourceConfig, ...] = field(default_factory=lambda: (SourceConfig(),))
@@ -45,6 +52,7 @@ class DataConfig:
     validation_fraction: float = 0.02
     cache_dir: str = "data"
     workers: int = 0
+    verify: str = "hashes"
 
     def problems(self, prefix: str = "") -> list[str]:
         """Everything wrong with this config, one line each."""
@@ -55,8 +63,8 @@ class DataConfig:
                          "library")
         if not self.tokenizer:
             found.append(f"{prefix}tokenizer: is empty; give \"bytes\", \"bpe\", a path or a Hub id")
-        if self.tokenizer == "bpe" and not 257 <= self.bpe_vocab_size <= 2**20:
-            found.append(f"{prefix}bpe_vocab_size = {self.bpe_vocab_size}: must be from 257 to {2**20}")
+        if self.tokenizer == "bpe" and not 257 <= self.bpe_vocab_size <= MAX_BPE:
+            found.append(f"{prefix}bpe_vocab_size = {self.bpe_vocab_size}: must be from 257 to {MAX_BPE}")
         if self.tokenizer != "bpe" and self.bpe_vocab_size != DataConfig.bpe_vocab_size:
             found.append(f"{prefix}bpe_vocab_size = {self.bpe_vocab_size}: has no effect on tokenizer "
                          f"{self.tokenizer!r}; remove it or set tokenizer = \"bpe\"")
@@ -66,8 +74,14 @@ class DataConfig:
                          "shards; set it to the tokenizer.json in their folder")
         if not 0 <= self.validation_fraction < 1:
             found.append(f"{prefix}validation_fraction = {self.validation_fraction}: must be in [0, 1)")
-        if self.workers < 0:
-            found.append(f"{prefix}workers = {self.workers}: must be 0 (every core) or more")
+        if not 0 <= self.workers <= 1024:
+            found.append(f"{prefix}workers = {self.workers}: must be from 0 (every core) to 1024")
+        if self.verify not in POLICIES:
+            found.append(f"{prefix}verify = {self.verify!r}: must be one of {', '.join(POLICIES)}")
+        weights = [source.weight for source in self.sources if source.weight > 0]
+        if weights and max(weights) / min(weights) > _WEIGHTS_APART:
+            found.append(f"{prefix}sources: weights from {min(weights):g} to {max(weights):g} lie more than "
+                         f"{_WEIGHTS_APART:g} times apart; remove the source that is hardly ever read")
         if not self.cache_dir:
             found.append(f"{prefix}cache_dir: is empty; give a folder")
         return found
@@ -75,7 +89,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Prepared sources, in the order of the config. `reused` tells which were found finished."""
+    """Prepared sources, in the order of the config. `reused` tells which were found finished.
+
+    `notes`: what a run should tell of them at its start, one line each: what was verified, left out or repaired.
+    """
 
     tokenizer: Tokenizer
     folders: tuple[Path, ...]
@@ -83,6 +100,7 @@ class Corpus:
     weights: tuple[float, ...]
     fingerprint: str
     reused: tuple[bool, ...]
+    notes: tuple[str, ...] = ()
 
     def tokens(self, split: str) -> list[Tokens]:
         """Each source's stream of a split that holds any tokens."""
@@ -91,12 +109,17 @@ class Corpus:
         return [tokens for tokens in opened if len(tokens)]
 
 
-def prepare_all(cfg: DataConfig, progress: Callable[[Progress], None] | None = None) -> Corpus:
-    """Prepares every source of the config below its `cache_dir`, or finds it there.
+def prepare_all(cfg: DataConfig, progress: Callable[[Progress], None] | None = None, *,
+                part: tuple[int, int] = (0, 1), tell: Callable[[str], None] | None = None) -> Corpus:
+    """Prepares every source of the config below its `cache_dir`, or finds it there, and verifies what it found.
 
-    A finished folder is reused after a look at its file sizes; a damaged one is repaired. `fingerprint` names
-    the data of a run: tokenizer, shards and weights. DataError: see `prepare`; also shards made by another
-    tokenizer.
+    A finished folder is reused. With `verify = "hashes"` each shard of it is held against the manifest's sha256; a
+    shard below `cache_dir` that is damaged is made anew from its text, which is there, and that is noted. `part`
+    (index, count): hash a share only, where `count` hosts start together. `tell` gets lines of progress.
+    `fingerprint` names the data of a run: tokenizer, shards and weights.
+
+    DataError: see `prepare`; also shards made by another tokenizer, damaged ones in a source of kind shards, and more
+    bad records than `max_bad_records`.
     """
     if found := cfg.problems():
         raise DataError("; ".join(found))
@@ -104,24 +127,44 @@ def prepare_all(cfg: DataConfig, progress: Callable[[Progress], None] | None = N
         check_outside(source, Path(cfg.cache_dir))
     keys = [source_key(source) if source.kind != "shards" else "" for source in cfg.sources]
     tokenizer = resolve_tokenizer(cfg, keys)
-    folders, manifests, reused = [], [], []
-    for source, key in zip(cfg.sources, keys, strict=True):
-        if source.kind == "shards":
-            folder, manifest, old = Path(source.path), _open_shards(source, tokenizer), True
-        else:
-            folder = prepared_folder(cfg, source, tokenizer, key)
-            manifest = _whole(folder)
-            old = manifest is not None
-            if manifest is None:
-                manifest = prepare(source, tokenizer, folder, validation_fraction=cfg.validation_fraction,
-                                   workers=cfg.workers, progress=progress, key=key)
-        folders.append(folder)
-        manifests.append(manifest)
-        reused.append(old)
+    folders = [Path(source.path) if source.kind == "shards" else prepared_folder(cfg, source, tokenizer, key)
+               for source, key in zip(cfg.sources, keys, strict=True)]
+    notes: list[str] = []
+    manifests = [_open_shards(source, tokenizer) if source.kind == "shards" else _whole(folder, notes)
+                 for source, folder in zip(cfg.sources, folders, strict=True)]
+    notes += _verify(cfg, folders, manifests, part, tell)
+    reused = tuple(manifest is not None for manifest in manifests)
+    for index, (source, key) in enumerate(zip(cfg.sources, keys, strict=True)):
+        if manifests[index] is None:
+            manifests[index] = prepare(source, tokenizer, folders[index], workers=cfg.workers, progress=progress,
+                                       validation_fraction=cfg.validation_fraction, key=key)
+        check_budget(source, manifests[index].skipped)
+        if counts := skipped_line(manifests[index].skipped):
+            notes.append(f"source {source.kind} {source.path}: {counts}".replace(" :", ":"))
     weights = tuple(float(source.weight) for source in cfg.sources)
     what = [tokenizer.fingerprint, weights, [manifest.fingerprint for manifest in manifests]]
     fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-    return Corpus(tokenizer, tuple(folders), tuple(manifests), weights, fingerprint, tuple(reused))
+    return Corpus(tokenizer, tuple(folders), tuple(manifests), weights, fingerprint, reused, tuple(notes))
+
+
+def _verify(cfg: DataConfig, folders: list[Path], manifests: list[Manifest | None], part: tuple[int, int],
+            tell: Callable[[str], None] | None) -> list[str]:
+    """Hashes what was found finished; a damaged folder's manifest becomes None. Returns what to tell."""
+    found = [(index, folder, manifest) for index, (folder, manifest) in
+             enumerate(zip(folders, manifests, strict=True)) if manifest is not None]
+    if not found:
+        return []  # prepared a moment ago, and hashed while written
+    if cfg.verify == "sizes":
+        return ["data.verify='sizes': only the sizes of shards were looked at, so changed bytes would be trained on"]
+    verified = verify_hashes([(folder, manifest) for _, folder, manifest in found], part, tell)
+    bad = [(found[number][0], problem) for number, problem in verified.damaged]
+    if given := [problem for index, problem in bad if cfg.sources[index].kind == "shards"]:
+        more = [f"… and {len(given) - _TOLD:,} more shards"] if len(given) > _TOLD else []
+        raise DataError(*(f"{problem}; bring the file back from a copy, or run its `lmjax data prepare` again, which "
+                          "makes only this shard anew" for problem in given[:_TOLD]), *more)
+    for index, _ in bad:
+        manifests[index] = None
+    return [_REPAIRED.format(problem) for _, problem in bad] or [str(verified)]
 
 
 def prepared_folder(cfg: DataConfig, source: SourceConfig, tokenizer: Tokenizer, key: str = "") -> Path:
@@ -207,12 +250,47 @@ class Batches:
         return tuple(step * self.batch_size * weight / total / len(rows)
                      for weight, rows in zip(self._weights, self._rows, strict=True))
 
+    def used(self, step: int) -> tuple["SourceUse", ...]:
+        """What the steps before `step` have read of each source, exactly: a pure function of the step."""
+        counts = rows_of_sources(step * self.batch_size, self._weights)
+        return tuple(SourceUse(str(rows.tokens.folder), count, count * min(self.seq_len, len(rows.tokens) - 1),
+                               count / len(rows)) for rows, count in zip(self._rows, counts, strict=True))
+
     def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
         """Rows `rows` (default all B) of the global batch of a step: arrays [b, T] as in `rows.cut`."""
         if step < 0:
             raise IndexError(f"step = {step} is negative")
         wanted = range(self.batch_size)[rows or slice(None)]
         return _stack([self._dataset[step * self.batch_size + row] for row in wanted])
+
+
+@dataclass(frozen=True)
+class SourceUse:
+    """Of one source: its folder, rows read, targets in them (the beginnings of documents, which weigh nothing,
+    included), and epochs: how often each row was read, on average."""
+
+    folder: str
+    rows: int
+    tokens: int
+    epochs: float
+
+
+def rows_of_sources(count: int, weights: tuple[float, ...]) -> tuple[int, ...]:
+    """How many of the first `count` rows of a mixture come from each source.
+
+    Grain's rule in closed form (grain/_src/python/dataset/transformations/mix.py): with whole proportions p, scaled
+    so that the smallest is 100, source i takes what floor(rest * (P - p_i) / P) leaves, P being the sum of p_i, p_i+1,
+    ….
+    """
+    if len(weights) == 1:
+        return (count,)
+    proportions = [int(weight * (100 / min(weights))) for weight in weights]
+    total, rest, taken = sum(proportions), count, []
+    for proportion in proportions:
+        left = rest * (total - proportion) // total
+        taken.append(rest - left)
+        rest, total = left, total - proportion
+    return tuple(taken)
 
 
 def validation_batches(
@@ -255,17 +333,14 @@ def _shuffle_seed(seed: int, source: int) -> int:
     return int.from_bytes(hashlib.sha256(f"shuffle {seed} {source}".encode()).digest()[:4], "big")
 
 
-def _whole(folder: Path) -> Manifest | None:
+def _whole(folder: Path, notes: list[str]) -> Manifest | None:
     """The manifest of a finished folder whose files have the right sizes; None if there is work to do."""
     if not (folder / "manifest.json").is_file():
         return None
     manifest = load_manifest(folder)
-    try:
-        for split in manifest.splits:
-            Tokens(folder, split, manifest)
-    except DataError:
-        return None
-    return manifest
+    problems = [damage(folder, shard, hashes=False) for split in manifest.splits.values() for shard in split.shards]
+    notes += [_REPAIRED.format(problem) for problem in problems if problem]
+    return None if any(problems) else manifest
 
 
 def _open_shards(source: SourceConfig, tokenizer: Tokenizer) -> Manifest:

@@ -1,4 +1,4 @@
-"""From documents to memory-mapped token shards.
+"""From documents to token shards.
 
 What lives here: which document is held out, cutting the stream into shards, and picking up where a killed run
 stopped. What does not: reading documents (`sources`), tokenising in parallel (`workers`), the folder's format
@@ -35,6 +35,7 @@ from lmjax.data.manifest import (
     load_manifest,
     locked,
     manifest_fingerprint,
+    read_shard,
     write_atomically,
     write_manifest,
 )
@@ -191,10 +192,10 @@ def _finished_shards(out: Path, identity: dict[str, Any]) -> dict[str, Shard]:
             try:
                 record = json.loads(line)
                 if theirs is None:
-                    theirs = record["identity"]
+                    theirs = dict(record["identity"])
                 else:
-                    found.append(Shard(**record))
-            except (ValueError, TypeError, KeyError):
+                    found.append(read_shard(record))
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue  # a line torn by a kill: its shard is made again
         if not found:
             return {}  # it stopped before its first shard, so there is nothing to keep from being replaced
@@ -227,7 +228,8 @@ def _finish(out: Path, identity: dict[str, Any], source: SourceConfig, tokenizer
                              sum(shard.bytes for shard in shards), shards)
     described = {"kind": source.kind, "path": Path(source.path).name if source.kind != "hf" else source.path,
                  "field": source.field, "split": source.split, "subset": source.subset,
-                 "encoding_errors": source.encoding_errors, "key": identity["source_key"]}
+                 "encoding_errors": source.encoding_errors, "on_bad_record": source.on_bad_record,
+                 "key": identity["source_key"]}
     if source.kind == "pystdlib":
         described["python"] = platform.python_version()
     manifest = Manifest(

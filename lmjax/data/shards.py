@@ -1,28 +1,39 @@
 """Reading the tokens of a prepared folder.
 
 What lives here: random access to a split's tokens across shard borders, and the checks that a folder is
-whole. What does not: making shards (`prepare`) and cutting them into rows (`rows`).
+whole. What does not: making shards (`prepare`), hashing them at a start (`verify`) and cutting them into rows
+(`rows`).
+
+Files are read, not mapped: where a mapped file shrinks or its disk vanishes, the next access ends the process with
+SIGBUS and no word. A read that fails is a DataError that names the file.
 """
 
 import itertools
+import os
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from lmjax.data.manifest import Manifest, Shard, damage, load_manifest
+from lmjax.data.manifest import Manifest, damage, load_manifest
 from lmjax.errors import DataError
 
-_OPEN_SHARDS = 64  # each open map holds two file handles, and a large corpus has more shards than handles
+Kept = TypeVar("Kept")
+
+_OPEN_SHARDS = 64  # of each split; a process often has 1,024 file handles, and a large corpus more shards
+_KEPT_OFFSETS = 64 << 20  # bytes of offsets in memory, of each split
 
 
 class Tokens:
     """The token stream of one split: documents one after another, each as bos, tokens, eos.
 
     `len` is the number of tokens; `documents` and `bytes` (UTF-8, of the text) are totals of the split.
-    Opening looks at file sizes only; `verify` reads everything. Reading is safe from several threads.
+    Opening looks at file sizes only, `lmjax.data.verify` hashes them at the start of a run, `verify` reads
+    everything. Reading is safe from several threads.
 
     DataError: not a prepared folder, no such split, a missing or truncated shard.
     """
@@ -42,8 +53,8 @@ class Tokens:
         # Where each shard begins, in tokens and in documents.
         self._starts = [0, *itertools.accumulate(shard.tokens for shard in self.shards)]
         self._first_documents = [0, *itertools.accumulate(shard.documents for shard in self.shards)]
-        self._open: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._lock = Lock()
+        self._files: _Recent[_Array] = _Recent(_OPEN_SHARDS)
+        self._offsets: _Recent[np.ndarray] = _Recent(_KEPT_OFFSETS)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -52,7 +63,8 @@ class Tokens:
         """Tokens [start, stop) of the stream, n = stop - start, clipped to its end as slices are.
 
         Returns (tokens int32 [n], document int64 [n]), where document is the running number of each token's
-        document within the split. DataError: a token id outside the vocabulary, with file and position.
+        document within the split. DataError: a token id outside the vocabulary, with file and position; a file that
+        became shorter or cannot be read any more.
         """
         if start < 0:
             raise IndexError(f"start = {start} is negative")
@@ -63,9 +75,10 @@ class Tokens:
             index = bisect_right(self._starts, start) - 1
             base = self._starts[index]
             end = min(stop, self._starts[index + 1])
-            shard_tokens, offsets = self._shard(index)
-            tokens.append(self._checked(shard_tokens[start - base:end - base], index, start - base))
-            numbers.append(_documents(offsets, start - base, end - base) + self._first_documents[index])
+            ids = self._file(index).read(start - base, end - base)
+            tokens.append(self._checked(ids, index, start - base))
+            numbers.append(_documents(self._offsets_of(index), start - base, end - base)
+                           + self._first_documents[index])
             start = end
         if len(tokens) == 1:
             return tokens[0], numbers[0]
@@ -78,7 +91,7 @@ class Tokens:
             raise IndexError(f"document {number} of {self.documents}")
         index = bisect_right(self._first_documents, number) - 1
         local = number - self._first_documents[index]
-        begin, end = (int(offset) + self._starts[index] for offset in self._shard(index)[1][local:local + 2])
+        begin, end = (int(offset) + self._starts[index] for offset in self._offsets_of(index)[local:local + 2])
         return self.read(begin, end)[0]
 
     def verify(self, hashes: bool = False) -> None:
@@ -89,14 +102,10 @@ class Tokens:
         for index, shard in enumerate(self.shards):
             if problem := damage(self.folder, shard, hashes):
                 raise DataError(f"{problem}; run `lmjax data prepare` again, it makes only this shard anew")
-            tokens, offsets = self._shard(index)
-            whole = offsets[0] == 0 and offsets[-1] == shard.tokens and (np.diff(offsets) > 0).all()
-            if not whole:
-                raise DataError(f"{self.folder / shard.offsets_file}: offsets do not run from 0 to "
-                                f"{shard.tokens} tokens; run `lmjax data prepare` again")
+            self._offsets_of(index)
             step = 1 << 20
             for begin in range(0, shard.tokens, step):
-                self._checked(tokens[begin:begin + step], index, begin)
+                self._checked(self._file(index).read(begin, min(begin + step, shard.tokens)), index, begin)
 
     def _checked(self, ids: np.ndarray, index: int, start: int) -> np.ndarray:
         ids_n = ids.astype(np.int64 if ids.dtype.itemsize > 2 else np.int32)
@@ -107,37 +116,118 @@ class Tokens:
                             "again with its own tokenizer")
         return ids_n.astype(np.int32, copy=False)
 
-    def _shard(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        with self._lock:
-            if index in self._open:
-                self._open.move_to_end(index)
-            else:
-                self._open[index] = self._map(self.shards[index])
-                if len(self._open) > _OPEN_SHARDS:
-                    self._open.popitem(last=False)
-            return self._open[index]
+    def _file(self, index: int) -> "_Array":
+        def opened() -> _Array:
+            shard = self.shards[index]
+            return _Array(self.folder / shard.file, shard.tokens, np.dtype(self.manifest.dtype))
 
-    def _map(self, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
-        arrays = []
-        for name, shape, dtype in ((shard.file, (shard.tokens,), np.dtype(self.manifest.dtype)),
-                                   (shard.offsets_file, (shard.documents + 1,), np.dtype(np.int64))):
-            path = self.folder / name
-            try:
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise DataError(f"{path}: cannot be read as .npy ({' '.join(str(error).split())}); run "
-                                "`lmjax data prepare` again") from None
-            if array.shape != shape or array.dtype != dtype:
-                raise DataError(f"{path}: holds {array.dtype} {array.shape}, the manifest says {dtype} "
-                                f"{shape}; run `lmjax data prepare` again")
-            # A plain view: np.memmap's own indexing costs more than reading a row.
-            arrays.append(array.view(np.ndarray))
-        return arrays[0], arrays[1]
+        return self._files.get(index, opened)
+
+    def _offsets_of(self, index: int) -> np.ndarray:
+        """Where each document of a shard begins, and its end, int64 [documents + 1]."""
+        def loaded() -> np.ndarray:
+            shard = self.shards[index]
+            path = self.folder / shard.offsets_file
+            offsets = _Array(path, shard.documents + 1, np.dtype(np.int64)).read()
+            if offsets[0] != 0 or offsets[-1] != shard.tokens or not (np.diff(offsets) > 0).all():
+                raise DataError(f"{path}: offsets do not run from 0 to {shard.tokens} tokens; run `lmjax data "
+                                "prepare` again")
+            return offsets
+
+        return self._offsets.get(index, loaded, lambda offsets: offsets.nbytes)
+
+
+class _Recent(Generic[Kept]):
+    """The values that were used last, up to a limit of their sizes together; the last one always stays."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._size = limit, 0
+        self._values: OrderedDict[int, tuple[Kept, int]] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: int, make: Callable[[], Kept], size_of: Callable[[Kept], int] = lambda _: 1) -> Kept:
+        """The value of a key, made where it is not there. Other threads go on while it is made."""
+        with self._lock:
+            found = self._values.get(key)
+            if found is not None:
+                self._values.move_to_end(key)
+                return found[0]
+        value = make()
+        with self._lock:
+            if key not in self._values:
+                self._values[key] = value, size_of(value)
+                self._size += size_of(value)
+                while self._size > self._limit and len(self._values) > 1:
+                    self._size -= self._values.popitem(last=False)[1][1]
+        return value
+
+
+class _Array:
+    """A one-dimensional .npy file of `length` values, open for reading from any place by any thread.
+
+    The file is closed with the last reference, so a shard that is put out of memory while another thread reads it
+    stays open until that read is done. DataError: not such a file, another length or dtype, or a failed read.
+    """
+
+    __slots__ = ("path", "length", "dtype", "_handle", "_begin")
+
+    def __init__(self, path: Path, length: int, dtype: np.dtype[Any]) -> None:
+        self.path, self.length, self.dtype, self._handle = path, length, dtype, -1
+        try:
+            with path.open("rb", buffering=0) as file:
+                major = np.lib.format.read_magic(file)
+                read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                shape, _, found = read_header[major](file)
+                self._begin = file.tell()
+                self._handle = os.dup(file.fileno())
+        except Exception as error:  # NumPy's parser of headers ends damage in many kinds of errors
+            raise DataError(f"{path}: cannot be read as .npy ({' '.join(str(error).split())[:200]}); run "
+                            "`lmjax data prepare` again") from None
+        if shape != (length,) or found != dtype:
+            raise DataError(f"{path}: holds {found} {shape}, the manifest says {dtype} {(length,)}; run "
+                            "`lmjax data prepare` again")
+
+    def __del__(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Values [start, stop), read-only. DataError: the file has become shorter, or its disk fails."""
+        stop = self.length if stop is None else stop
+        size = self.dtype.itemsize
+        wanted, at = (stop - start) * size, self._begin + start * size
+        try:
+            data = _pread(self._handle, wanted, at)
+            while len(data) < wanted:  # a signal or a network file system may cut a read short
+                more = _pread(self._handle, wanted - len(data), at + len(data))
+                if not more:
+                    raise DataError(f"{self.path}: ends at byte {at + len(data)}, in the middle of its tokens; it was "
+                                    "whole when the run began, so something wrote to it: bring it back, or run `lmjax "
+                                    "data prepare` again")
+                data += more
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read any more ({error.strerror}); look at the disk or mount it "
+                            "lies on, then give the same command again") from None
+        return np.frombuffer(data, self.dtype)
+
+
+def _seek_and_read(handle: int, size: int, at: int) -> bytes:
+    """os.pread for systems that have none."""
+    with _SEEKING:
+        os.lseek(handle, at, os.SEEK_SET)
+        return os.read(handle, size)
+
+
+_SEEKING = Lock()
+_pread = getattr(os, "pread", _seek_and_read)
 
 
 def _documents(offsets: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Document number within the shard of each token in [start, stop), int64 [stop - start]; stop > start."""
-    first = int(np.searchsorted(offsets, start, side="right")) - 1
-    last = int(np.searchsorted(offsets, stop - 1, side="right")) - 1
-    borders = np.clip(offsets[first:last + 2], start, stop)
-    return np.repeat(np.arange(first, last + 1, dtype=np.int64), np.diff(borders))
+    first = int(offsets.searchsorted(start, "right")) - 1
+    last = int(offsets.searchsorted(stop - 1, "right")) - 1
+    if first == last:
+        return np.full(stop - start, first, np.int64)
+    borders = offsets[first:last + 2].copy()
+    borders[0], borders[-1] = start, stop
+    return np.arange(first, last + 1).repeat(borders[1:] - borders[:-1])

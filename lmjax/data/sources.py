@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import json
 import math
+import re
 import sys
 import sysconfig
 import warnings
@@ -24,10 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmjax.data.policy import ENCODING, RECORDS, BadRecord, Policy, left_out, skipped_line
 from lmjax.errors import DataError
 
 KINDS = ("pystdlib", "text", "jsonl", "parquet", "hf", "shards")
-POLICIES = ("error", "replace", "skip")
 _FIELD_KINDS = ("jsonl", "parquet", "hf")
 # Which files of a folder are looked at; a file or glob given by name may end in anything.
 _SUFFIXES = {"jsonl": (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz"), "parquet": (".parquet",)}
@@ -45,6 +46,9 @@ class SourceConfig:
     weight          share of training rows, relative to the other sources
     split, subset   which split and configuration of a dataset (hf only)
     encoding_errors for bytes that are no UTF-8: error | replace (with U+FFFD) | skip (the document)
+    on_bad_record   for lines and rows that cannot be used (malformed JSON, no such field, text that is no string, bytes
+                    that encoding_errors = "error" refuses): error | skip
+    max_bad_records how many of them "skip" leaves out before it is an error after all
     """
 
     kind: str = "pystdlib"
@@ -54,6 +58,8 @@ class SourceConfig:
     split: str = "train"
     subset: str = ""
     encoding_errors: str = "error"
+    on_bad_record: str = "error"
+    max_bad_records: int = 100
 
     def problems(self, prefix: str = "") -> list[str]:
         """Everything wrong with this config, one line each, each beginning with `prefix` and the field."""
@@ -69,12 +75,13 @@ class SourceConfig:
             found.append(f"{prefix}path: is empty, kind {self.kind!r} needs one")
         elif self.kind not in ("pystdlib", "hf") and not _exists(self.path):
             found.append(f"{prefix}path = {self.path!r}: no such file, folder or glob match")
-        if self.encoding_errors not in POLICIES:
+        if self.encoding_errors not in ENCODING:
             found.append(f"{prefix}encoding_errors = {self.encoding_errors!r}: must be one of "
-                         f"{', '.join(POLICIES)}")
+                         f"{', '.join(ENCODING)}")
         elif self.encoding_errors != "error" and self.kind in ("hf", "shards"):
             found.append(f"{prefix}encoding_errors = {self.encoding_errors!r}: has no effect on kind "
                          f"{self.kind!r}; remove it")
+        found += self._bad_record_problems(prefix)
         if not isinstance(self.weight, int | float) or not (self.weight > 0 and math.isfinite(self.weight)):
             found.append(f"{prefix}weight = {self.weight!r}: must be a finite number above 0; remove the "
                          "source to leave it out")
@@ -85,6 +92,21 @@ class SourceConfig:
         for name, value, default in (("split", self.split, "train"), ("subset", self.subset, "")):
             if self.kind != "hf" and value != default:
                 found.append(f"{prefix}{name} = {value!r}: has an effect on kind \"hf\" only; remove it")
+        return found
+
+
+    def _bad_record_problems(self, prefix: str) -> list[str]:
+        found = []
+        if self.on_bad_record not in RECORDS:
+            found.append(f"{prefix}on_bad_record = {self.on_bad_record!r}: must be one of {', '.join(RECORDS)}")
+        elif self.on_bad_record != "error" and self.kind in ("pystdlib", "shards"):
+            found.append(f"{prefix}on_bad_record = {self.on_bad_record!r}: has no effect on kind {self.kind!r}; remove "
+                         "it")
+        if self.max_bad_records < 0:
+            found.append(f"{prefix}max_bad_records = {self.max_bad_records}: must not be negative")
+        if self.on_bad_record == "error" and self.max_bad_records != SourceConfig.max_bad_records:
+            found.append(f"{prefix}max_bad_records = {self.max_bad_records}: has no effect with on_bad_record = "
+                         "\"error\"; remove it, or set on_bad_record = \"skip\"")
         return found
 
 
@@ -106,10 +128,10 @@ class SourceFile(NamedTuple):
 def documents(source: SourceConfig, skipped: Counter[str] | None = None) -> Iterator[Document]:
     """Streams the documents of a source, always in the same order.
 
-    Documents left out or altered are counted in `skipped` under "empty" (zero length), "undecodable" (policy
-    skip) and "replaced" (policy replace; these are kept). Without a `skipped` counter one warning at the end
-    reports them. DataError: anything unreadable, naming file and line, row or byte; a source without a
-    single document.
+    Documents left out or altered are counted in `skipped` under "empty" (zero length), "undecodable" and "replaced"
+    (encoding_errors; the latter are kept), "malformed", "no_field" and "wrong_type" (on_bad_record = "skip"). Without
+    a `skipped` counter one warning at the end reports them. DataError: anything unreadable, naming file and line, row
+    or byte; more bad records than max_bad_records; a source without a single document.
     """
     if found := source.problems("source."):
         raise DataError("; ".join(found))
@@ -120,7 +142,8 @@ def documents(source: SourceConfig, skipped: Counter[str] | None = None) -> Iter
         raise DataError(f"{source.path}: kind \"shards\" holds tokens, not documents; read it with "
                         "lmjax.data.Tokens")
     some = False
-    for document in readers[source.kind](source, counts):
+    policy = Policy(source.encoding_errors, source.on_bad_record, source.max_bad_records, counts)
+    for document in readers[source.kind](source, policy):
         if document.text:
             some = True
             yield document
@@ -134,12 +157,13 @@ def documents(source: SourceConfig, skipped: Counter[str] | None = None) -> Iter
         warnings.warn(f"source {source.kind} {source.path}: " + skipped_line(counts), stacklevel=2)
 
 
-def skipped_line(counts: Counter[str] | dict[str, int]) -> str:
-    """What `documents` counted, in words."""
-    words = {"empty": "of zero length left out", "undecodable": "left out for bytes that are no UTF-8",
-             "replaced": "kept with U+FFFD for bytes that are no UTF-8"}
-    return ", ".join(f"{counts[reason]} documents {text}" for reason, text in words.items()
-                     if counts.get(reason))
+def check_budget(source: SourceConfig, skipped: dict[str, int]) -> None:
+    """DataError where a prepared folder lacks more bad records than the config now allows."""
+    count = left_out(skipped, source.encoding_errors)
+    if source.kind != "shards" and count > source.max_bad_records:
+        raise DataError(f"source {source.kind} {source.path}: {count} bad records were left out "
+                        f"({skipped_line(skipped)}), more than max_bad_records = {source.max_bad_records}; look at the "
+                        "data, or raise it")
 
 
 def source_files(source: SourceConfig) -> list[SourceFile]:
@@ -211,6 +235,8 @@ def source_key(source: SourceConfig, files: list[dict[str, Any]] | None = None) 
         what["field"] = source.field
     if source.kind not in ("hf", "shards"):
         what["encoding_errors"] = source.encoding_errors
+    if source.on_bad_record != "error":
+        what["on_bad_record"] = source.on_bad_record  # the budget changes no document
     if source.kind == "hf":
         what |= {"split": source.split, "subset": source.subset}
         if not what["files"]:
@@ -220,58 +246,27 @@ def source_key(source: SourceConfig, files: list[dict[str, Any]] | None = None) 
 
 # ---- text -----------------------------------------------------------------------------------------------
 
-def _read_texts(source: SourceConfig, counts: Counter[str]) -> Iterator[Document]:
+def _read_texts(source: SourceConfig, policy: Policy) -> Iterator[Document]:
     for file in source_files(source):
-        text = _decode(_read_bytes(file.path), source, counts, str(file.path))
+        text = policy.decode(_read_bytes(file.path), str(file.path))
         if text is not None:
             yield Document(text.removeprefix("\ufeff"), file.name)
 
 
-def _decode(data: bytes, source: SourceConfig, counts: Counter[str], where: str) -> str | None:
-    """Text of `data`; None where the policy is to skip."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if source.encoding_errors == "error":
-            raise DataError(f"{where}: byte {error.start} is 0x{data[error.start]:02x}, which is no UTF-8; "
-                            "convert the file, or set encoding_errors = \"replace\" or \"skip\"") from None
-    if source.encoding_errors == "skip":
-        counts["undecodable"] += 1
-        return None
-    counts["replaced"] += 1
-    return data.decode("utf-8", errors="replace")
-
-
-def _check_surrogates(text: str, source: SourceConfig, counts: Counter[str], where: str) -> str | None:
-    r"""JSON can spell half a character ("\ud800"), which UTF-8 cannot hold: the same policy applies."""
-    try:
-        text.encode("utf-8")
-        return text
-    except UnicodeEncodeError as error:
-        if source.encoding_errors == "error":
-            raise DataError(f"{where}: character {error.start} is the lone surrogate "
-                            f"U+{ord(text[error.start]):04X}, which UTF-8 cannot hold; correct it, or set "
-                            "encoding_errors = \"replace\" or \"skip\""
-                            ) from None
-    if source.encoding_errors == "skip":
-        counts["undecodable"] += 1
-        return None
-    counts["replaced"] += 1
-    # Via UTF-16, since two halves that belong together make one good character.
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
 # ---- jsonl ----------------------------------------------------------------------------------------------
 
-def _read_jsonl(source: SourceConfig, counts: Counter[str]) -> Iterator[Document]:
+def _read_jsonl(source: SourceConfig, policy: Policy) -> Iterator[Document]:
     for file in source_files(source):
         for number, line in enumerate(_lines(file.path), 1):
             where = f"{file.path}:{number}"
-            text = _decode(line, source, counts, where)
+            text = policy.decode(line, where)
             if text is None or not text.strip("\ufeff \t\r\n"):
                 continue
-            value = _json_text(text.removeprefix("\ufeff"), source.field, where)
-            value = _check_surrogates(value, source, counts, where)
+            try:
+                value = policy.whole(_json_text(text.removeprefix("\ufeff"), source.field, where), where)
+            except BadRecord as record:
+                policy.bad(record)
+                continue
             if value is not None:
                 yield Document(value, f"{file.name}:{number}")
 
@@ -290,25 +285,26 @@ def _json_text(line: str, field: str, where: str) -> str:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON at column {error.colno} ({error.msg}); one JSON object a "
-                        "line is needed") from None
+        raise BadRecord("malformed", f"{where}: not valid JSON at column {error.colno} ({error.msg}); one JSON object "
+                        "a line is needed") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: JSON that cannot be read ({error}); correct or remove the line") from None
+        raise BadRecord("malformed", f"{where}: JSON that cannot be read ({error}); correct or remove the line"
+                        ) from None
     if not isinstance(value, dict):
-        raise DataError(f"{where}: a JSON {type(value).__name__}, but one object a line is needed, like "
+        raise BadRecord("malformed", f"{where}: a JSON {type(value).__name__}, but one object a line is needed, like "
                         f'{{"{field}": "…"}}')
     if field not in value:
-        raise DataError(f"{where}: no field {field!r}; set field to one of "
-                        f"{', '.join(map(repr, value)) or '(none)'}")
+        names = ", ".join(map(ascii, list(value)[:20]))
+        raise BadRecord("no_field", f"{where}: no field {field!r}; set field to one of {names or '(none)'}")
     if not isinstance(value[field], str):
-        raise DataError(f"{where}: field {field!r} is a {type(value[field]).__name__}, not a string; "
+        raise BadRecord("wrong_type", f"{where}: field {field!r} is a {type(value[field]).__name__}, not a string; "
                         "correct the line or choose another field")
     return value[field]
 
 
 # ---- parquet and datasets -------------------------------------------------------------------------------
 
-def _read_parquet(source: SourceConfig, counts: Counter[str]) -> Iterator[Document]:
+def _read_parquet(source: SourceConfig, policy: Policy) -> Iterator[Document]:
     arrow, parquet = _import("pyarrow"), _import("pyarrow.parquet")
     for file in source_files(source):
         row = 0
@@ -323,7 +319,7 @@ def _read_parquet(source: SourceConfig, counts: Counter[str]) -> Iterator[Docume
                 # As bytes, so that our policy decides about what is no UTF-8.
                 for value in batch.column(0).cast(arrow.large_binary()).to_pylist():
                     where = f"{file.path} row {row}"
-                    text = _decode(value or b"", source, counts, where)
+                    text = policy.decode(value or b"", where)
                     if text is not None:
                         yield Document(text, f"{file.name}:{row}")
                     row += 1
@@ -332,15 +328,16 @@ def _read_parquet(source: SourceConfig, counts: Counter[str]) -> Iterator[Docume
                             f"({' '.join(str(error).split())}); write or fetch the file again") from None
 
 
-def _read_hf(source: SourceConfig, counts: Counter[str]) -> Iterator[Document]:
+def _read_hf(source: SourceConfig, policy: Policy) -> Iterator[Document]:
     data = _open_hf(source)
     row = 0
     for batch in data.select_columns([source.field]).iter(batch_size=1024):
         for value in batch[source.field]:
-            if value is not None and not isinstance(value, str):
-                raise DataError(f"{source.path}: field {source.field!r} is a {type(value).__name__} in row "
-                                f"{row}, not a string; choose another field")
-            yield Document(value or "", f"{source.path}[{row}]")
+            if value is None or isinstance(value, str):
+                yield Document(value or "", f"{source.path}[{row}]")
+            else:
+                policy.bad(BadRecord("wrong_type", f"{source.path}: field {source.field!r} is a "
+                                     f"{type(value).__name__} in row {row}, not a string; choose another field"))
             row += 1
 
 
@@ -395,8 +392,11 @@ def _import(name: str) -> Any:
 # ---- files ----------------------------------------------------------------------------------------------
 
 def _exists(path: str) -> bool:
-    expanded = Path(path).expanduser()
-    return expanded.exists() or any(glob.iglob(str(expanded), recursive=True))
+    try:
+        expanded = Path(path).expanduser()
+        return expanded.exists() or any(glob.iglob(str(expanded), recursive=True))
+    except (OSError, ValueError, RuntimeError, re.error):  # too long, holds U+0000, no such user after "~", "[z-a]"
+        return False
 
 
 def _walk(root: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 What lives here: the byte-level default, any Hugging Face `tokenizer.json` (file, folder or Hub id), and
 training a byte-level BPE. What does not: where text comes from (`sources`), how tokens are stored
-(`prepare`), and the use of chat templates (they are only kept).
+(`prepare`), and the use of chat templates (`chat`; here they are only kept).
 
 Every tokenizer has a `fingerprint` (sha256 of its whole definition), so that shards, checkpoints and
 configs can tell whether they speak of the same one.
@@ -22,6 +22,7 @@ import numpy as np
 from lmjax.errors import DataError
 
 DOCUMENT = "<|document|>"
+MAX_BPE = 2**20  # tokens of a vocabulary trained here
 
 # Looked for in this order when no tokenizer_config.json names them.
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|document|>", "[EOS]", "[SEP]",
@@ -137,7 +138,9 @@ class HFTokenizer(Tokenizer):
         runtime = json.loads(json.dumps(definition)) | {"truncation": None, "padding": None}
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(runtime))
-        except Exception as error:  # the library raises a bare Exception for every kind of damage
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a bare Exception for most kinds of damage, and a Rust panic, which is none
             raise DataError(f"{where}: not a tokenizer.json that `tokenizers` can read ({_one_line(error)}); "
                             "save it again with tokenizer.save()") from None
         self.bos_id, self.eos_id = _find_specials(self._tokenizer, config, where)
@@ -154,7 +157,11 @@ class HFTokenizer(Tokenizer):
         self._definition = definition
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         bos = self._tokenizer.id_to_token(self.bos_id)
-        self.fingerprint = _fingerprint(_without_bos(definition, bos, self.bos_id), self.bos_id, self.eos_id)
+        try:
+            self.fingerprint = _fingerprint(_without_bos(definition, bos, self.bos_id), self.bos_id, self.eos_id)
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: holds half a character ({_one_line(error)}), which no text has; save it again "
+                            "with tokenizer.save()") from None
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -216,8 +223,13 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "bytes":
         return ByteTokenizer()
-    path = Path(name).expanduser()
-    if path.exists():
+    try:
+        path = Path(name).expanduser()
+        there = path.exists()
+    except (OSError, ValueError, RuntimeError):  # too long, holds U+0000, no such user after "~"
+        raise DataError(f"tokenizer {name[:80]!r}: no such file, and no name that a file could have; give \"bytes\" or "
+                        "the path of a tokenizer.json") from None
+    if there:
         path = _tokenizer_file(path)
         config = _read_config(path.parent)
         return tokenizer_from_json(_read_definition(path), _short_name(path), config, str(path))
@@ -248,11 +260,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
 
     The same texts in the same order give the same fingerprint. Text is cut before merging so that numbers
     are groups of at most three digits and a line break with its indentation is one piece, which keeps
-    source code short. Warns when the text is too small for `vocab_size`. DataError: vocab_size < 257, or no
-    text at all.
+    source code short. Warns when the text is too small for `vocab_size`. DataError: vocab_size not from 257 to
+    MAX_BPE, or no text at all.
     """
-    if vocab_size < 257:
-        raise DataError(f"bpe vocab_size = {vocab_size}: must be at least 257 (256 bytes and {DOCUMENT})")
+    if not 257 <= vocab_size <= MAX_BPE:  # the library makes room for all of them first, and aborts where it cannot
+        raise DataError(f"bpe vocab_size = {vocab_size}: must be at least 257 (256 bytes and {DOCUMENT}) and at "
+                        f"most {MAX_BPE}")
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -320,9 +333,9 @@ def _find_specials(tokenizer: Any, config: dict[str, Any], where: str,
         value = config.get(key)
         value = value.get("content") if isinstance(value, dict) else value
         if value:
-            index = tokenizer.token_to_id(value)
+            index = tokenizer.token_to_id(value) if isinstance(value, str) else None
             if index is None:
-                raise DataError(f"{where}: tokenizer_config.json names {key} = {value!r}, which the "
+                raise DataError(f"{where}: tokenizer_config.json names {key} = {value!r:.80}, which the "
                                 "vocabulary does not have; correct that file")
             return index
         found = (tokenizer.token_to_id(token) for token in usual)
@@ -342,7 +355,7 @@ def _chat_template(config: dict[str, Any]) -> str:
     """The template of a tokenizer_config.json; of several, the one called default."""
     template = config.get("chat_template") or ""
     if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        named = {str(item.get("name")): item.get("template") for item in template if isinstance(item, dict)}
         template = named.get("default") or ""
     return template if isinstance(template, str) else ""
 
@@ -404,7 +417,7 @@ def _tokenizer_file(path: Path) -> Path:
 def _read_definition(path: Path) -> dict[str, Any]:
     try:
         definition = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
         raise DataError(f"{path}: not valid JSON ({_one_line(error)}); is it a tokenizer.json?") from None
     if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
         raise DataError(f"{path}: not a tokenizer.json (it has no \"model\"); give the `tokenizers` "
@@ -418,7 +431,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         if path.is_file():
             config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({_one_line(error)}); correct or remove it") from None
     config = config if isinstance(config, dict) else {}
     if template.is_file():

@@ -21,7 +21,9 @@ import numpy as np
 from flax import nnx
 
 from lmjax.axes import constrain
+from lmjax.decode import watermark as watermarks
 from lmjax.decode.loops import Loops, count_loops, no_loops
+from lmjax.decode.marks import Watermark
 from lmjax.decode.processors import (
     Active,
     History,
@@ -157,7 +159,11 @@ def _choose_next(model, head_VD, x_BD, state: State, settings, stop_ids, breaker
     bad_B = state.bad_B | (~state.done_B & ~jnp.isfinite(jnp.max(logits_BV, axis=1)))  # max passes NaN on
     keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, state.lengths_B - state.starts_B)
     penalised_BV = penalise(logits_BV, settings, program.active, state.history, state.tokens_BS, state.lengths_B)
-    token_B = choose(penalised_BV, settings, program.active, keys_B)
+    marker = None
+    if program.active.marks:
+        marker = watermarks.marker(settings["marks"], program.active.marks, state.tokens_BS, state.starts_B,
+                                   state.lengths_B, penalised_BV.shape[1])
+    token_B = choose(penalised_BV, settings, program.active, keys_B, marker)
 
     live_B, rows_B = ~state.done_B, jnp.arange(token_B.shape[0])
     at_B = jnp.where(live_B, state.lengths_B, state.tokens_BS.shape[1])  # writes of rows that are done are dropped
@@ -214,8 +220,8 @@ def complete(graphdef: nnx.GraphDef, params, prompts: Sequence[np.ndarray],
              config: SampleConfig | Sequence[SampleConfig], *, key: jax.Array, vocab_size: int, eos_id: int = -1,
              stop_ids: Sequence[int] = (), stop_strings: Sequence[str] = (),
              text_of: Callable[[np.ndarray], str] | None = None, rows: Sequence[int] | None = None,
-             cache: CacheConfig | None = None, logprobs: int = -1,
-             dry_breakers: Sequence[int] = ()) -> list[Completion]:
+             cache: CacheConfig | None = None, logprobs: int = -1, dry_breakers: Sequence[int] = (),
+             watermark: Watermark | Sequence[Watermark | None] | None = None) -> list[Completion]:
     """Continues every prompt to its end.
 
     graphdef, params: `nnx.split` of a Decoder, params as pure dictionaries, sharded or not (inside `jax.set_mesh`
@@ -223,14 +229,15 @@ def complete(graphdef: nnx.GraphDef, params, prompts: Sequence[np.ndarray],
     eos_id and stop_ids end a row (-1: none). stop_strings end it too, once text_of(new tokens) contains one: the host
     looks every CHUNK steps and cuts exactly. key: of the request's seed; rows: each row's index within its
     request, by default 0, 1, …; see `row_keys`. logprobs: -1 for none, n for those of the chosen token and the n
-    likeliest. dry_breakers: token ids over which DRY sees no repetition.
+    likeliest. dry_breakers: token ids over which DRY sees no repetition. watermark: one for all or one a row, None for
+    a row without; with "gumbel" a new context's token depends on the secret and not on the key.
 
     Raises DataError for a prompt that is empty, too long for the model or outside the vocabulary, ConfigError for
     settings out of range, NonFiniteError where logits are not finite.
     """
     step = CHUNK if stop_strings else 2**30
     pieces = _pieces(graphdef, params, prompts, config, key, vocab_size, eos_id, stop_ids, stop_strings, text_of,
-                     rows, cache, logprobs, dry_breakers, first=step, step=step)
+                     rows, cache, logprobs, dry_breakers, watermark, first=step, step=step)
     return collections.deque(pieces, maxlen=1)[0]
 
 
@@ -247,6 +254,7 @@ def stream(graphdef: nnx.GraphDef, params, prompts: Sequence[np.ndarray],
            stop_ids: Sequence[int] = (), stop_strings: Sequence[str] = (),
            text_of: Callable[[np.ndarray], str] | None = None, rows: Sequence[int] | None = None,
            cache: CacheConfig | None = None, logprobs: int = -1, dry_breakers: Sequence[int] = (),
+           watermark: Watermark | Sequence[Watermark | None] | None = None,
            chunk: int = CHUNK) -> Iterator[list[Completion]]:
     """`complete` as it goes: after the first token and then every `chunk` steps, each row's completion so far.
 
@@ -254,18 +262,24 @@ def stream(graphdef: nnx.GraphDef, params, prompts: Sequence[np.ndarray],
     become one; without, it may end in a character that the next token completes (U+FFFD until then).
     """
     return _pieces(graphdef, params, prompts, config, key, vocab_size, eos_id, stop_ids, stop_strings, text_of, rows,
-                   cache, logprobs, dry_breakers, first=1, step=chunk)
+                   cache, logprobs, dry_breakers, watermark, first=1, step=chunk)
 
 
 def _pieces(graphdef, params, prompts, config, key, vocab_size, eos_id, stop_ids, stop_strings, text_of, rows, cache,
-            logprobs, dry_breakers, first: int, step: int) -> Iterator[list[Completion]]:
+            logprobs, dry_breakers, watermark, first: int, step: int) -> Iterator[list[Completion]]:
     model = nnx.merge(graphdef, params)  # a view of the same arrays; gives the two configs
     configs = [config] * len(prompts) if isinstance(config, SampleConfig) else list(config)
     cache = cache or CacheConfig()
     check(model.config, prompts, configs, vocab_size, cache, stop_strings, text_of, logprobs)
+    marked = [watermark] * len(prompts) if watermark is None or isinstance(watermark, Watermark) else list(watermark)
+    if bad := watermarks.problems(marked, [c.temperature for c in configs]):
+        raise ConfigError(*bad)
+    uses, settings = dataclasses.replace(active(configs), marks=watermarks.marks(marked)), settings_of(configs)
+    if uses.marks:
+        settings["marks"] = watermarks.settings_of(marked)
     tokens, lengths = padded(prompts)
     most = max(c.max_new_tokens for c in configs)
-    program = Program(graphdef, active(configs), cache, vocab_size, bucket(tokens.shape[1] + most), logprobs)
+    program = Program(graphdef, uses, cache, vocab_size, bucket(tokens.shape[1] + most), logprobs)
     stops = np.full(bucket(len(stop_ids) + 1), -1, np.int32)
     stops[:len(stop_ids) + 1] = [eos_id, *stop_ids]
     breakers = None
@@ -273,7 +287,7 @@ def _pieces(graphdef, params, prompts, config, key, vocab_size, eos_id, stop_ids
         breakers = np.zeros(model.config.vocab_size, bool)
         breakers[list(dry_breakers)] = True
     params, prepared = cast_once(graphdef, params)
-    fixed = (settings_of(configs), stops, breakers)
+    fixed = (settings, stops, breakers)
     state = _prefill(params, prepared, tokens, lengths, row_keys(key, range(len(prompts)) if rows is None else rows),
                      *fixed, program=program)
     stopped, until = np.zeros(len(prompts), bool), first

@@ -4,6 +4,7 @@ What lives here: the settings of one request, each processor, and the one order 
 
     repetition, frequency and presence penalties -> no-repeat n-gram -> DRY       (all rows)
     -> temperature -> top-k -> top-p -> min-p -> typical                          (rows that are sampled)
+    -> watermark                                                                  (rows that have one)
 
 Each step sees what the one before left; a token that is ruled out has -inf. Processors that no row of the batch
 uses are not in the compiled program at all: `Active` says which are. The loop that calls them is
@@ -16,6 +17,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from lmjax.decode.watermark import Marker, Marks
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -72,6 +75,7 @@ class Active:
     top_p: bool = False
     min_p: bool = False
     typical: bool = False
+    marks: Marks | None = None  # watermarks; set by who has them
     loops: int = 0  # longest cycle that some row is stopped for, rounded up so that few programs are compiled
 
     @property
@@ -205,7 +209,8 @@ def dry(logits_BV: jax.Array, matches_BS: jax.Array, tokens_BS: jax.Array, lengt
     over_BS = length_BS - allowed_B[:, None]
     cost_BS = multiplier_B[:, None] * base_B[:, None] ** jnp.clip(over_BS, 0, 1000).astype(jnp.float32)
     rows_B1, vocab = jnp.arange(tokens_BS.shape[0])[:, None], logits_BV.shape[1]
-    at_BS = jnp.where(over_BS >= 0, next_BS, vocab)
+    on_B1 = (multiplier_B > 0)[:, None]  # a long repetition costs infinity, and 0 times that is NaN
+    at_BS = jnp.where((over_BS >= 0) & on_B1, next_BS, vocab)
     cost_BV = jnp.zeros_like(logits_BV).at[rows_B1, at_BS].max(jnp.minimum(cost_BS, 1e30))
     return logits_BV - cost_BV
 
@@ -268,7 +273,12 @@ def _keep_best(logits_BV: jax.Array, score_BV: jax.Array, enough: Callable, on_B
 
 def penalise(logits_BV: jax.Array, s: dict, active: Active, history: History | None, tokens_BS: jax.Array,
              lengths_B: jax.Array) -> jax.Array:
-    """The part for all rows: penalties, no-repeat n-gram, DRY. tokens_BS: each row so far, prompt included."""
+    """The part for all rows: penalties, no-repeat n-gram, DRY. tokens_BS: each row so far, prompt included.
+
+    s may hold "logit_bias", float32 [B, V], which is added first.
+    """
+    if "logit_bias" in s:
+        logits_BV = logits_BV + s["logit_bias"]
     if active.repetition:
         logits_BV = repetition_penalty(logits_BV, history.seen_BV, s["repetition_penalty"])
     if active.counts:
@@ -291,12 +301,18 @@ def filtered(logits_BV: jax.Array, s: dict, active: Active) -> jax.Array:
     return logits_BV
 
 
-def choose(logits_BV: jax.Array, s: dict, active: Active, keys_B: jax.Array) -> jax.Array:
-    """int32 [B]: the likeliest token where temperature is 0, else a draw from softmax(filtered logits)."""
-    best_B = likeliest(logits_BV)
+def choose(logits_BV: jax.Array, s: dict, active: Active, keys_B: jax.Array,
+           marker: Marker | None = None) -> jax.Array:
+    """int32 [B]: the likeliest token where temperature is 0, else a draw from softmax(filtered logits).
+
+    marker: the step's watermarks, applied last; where `active.marks` says that there are any.
+    """
+    best_B = likeliest(logits_BV if marker is None else marker.greedy(logits_BV))
     if not active.sample:
         return best_B
-    drawn_B = jax.vmap(jax.random.categorical)(keys_B, filtered(logits_BV, s, active)).astype(jnp.int32)
+    kept_BV = filtered(logits_BV, s, active)
+    kept_BV = kept_BV if marker is None else marker.sampled(kept_BV)
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV).astype(jnp.int32)
     return jnp.where(s["temperature"] > 0, drawn_B, best_B)
 
 

@@ -14,8 +14,10 @@ from flax import nnx
 
 from lmjax.decode.beam import beam_search
 from lmjax.decode.generate import complete, stream
+from lmjax.decode.marks import Watermark
 from lmjax.decode.processors import SampleConfig, active
 from lmjax.decode.speculative import speculate
+from lmjax.decode.watermark import problems as watermark_problems
 from lmjax.errors import ConfigError
 from lmjax.nn.cache import CacheConfig
 
@@ -36,6 +38,7 @@ class TextRequest:
     length_penalty: float = 1.0
     proposals: int = 4
     stream: bool = False
+    watermark: Watermark | None = None
 
     def problems(self, draft: bool = False) -> list[str]:
         bad = self.sample.problems("generate") + self.cache.problems("cache")
@@ -56,7 +59,9 @@ class TextRequest:
             bad.append("--beams draws nothing and takes no penalties: give --temperature 0 with it and leave them out")
         for one, name in ((self.beams > 0, "--beams"), (draft, "--draft")):
             bad += [f"{name} cannot be used with {other}; leave one out" for on, other in (
-                (self.stop, "--stop"), (self.stream, "--stream")) if one and on]
+                (self.stop, "--stop"), (self.stream, "--stream"), (self.watermark, "--watermark")) if one and on]
+        if self.watermark is not None:
+            bad += watermark_problems([self.watermark], [self.sample.temperature])
         if self.sample.stop_loops and (self.beams > 0 or draft):
             bad.append(f"--stop-loops cannot be used with {'--beams' if self.beams > 0 else '--draft'}; leave one out")
         if not self.sample.stop_loops and self.sample.loop_period != SampleConfig().loop_period:
@@ -93,7 +98,8 @@ def write(request: TextRequest, graphdef: nnx.GraphDef, params, tokenizer: Any, 
             say(f"{prompt}{tokenizer.decode(done.tokens)}\n")
         say(f"--- accepted {result.accepted} of {result.proposed} proposed tokens ({result.acceptance:.0%}) ---\n")
         return
-    common |= {"key": key, "stop_strings": request.stop, "text_of": tokenizer.decode}
+    common |= {"key": key, "stop_strings": request.stop, "text_of": tokenizer.decode,
+               "watermark": request.watermark}
     if request.sample.dry_multiplier:
         common["dry_breakers"] = breakers(tokenizer)
     if not request.stream:

@@ -4,7 +4,7 @@
 
 Importing this module registers the class; run as above it is the harness's own command line. Needs the extra "eval".
 Requests are scored as the harness's Hugging Face backend scores them, but text that spells a special token stays
-ordinary text. Chat templates are not applied. Tasks and metrics are the harness's.
+ordinary text, in the messages of a chat (`--apply_chat_template`) too. Tasks and metrics are the harness's.
 """
 
 import functools
@@ -18,6 +18,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lmjax.axes import MeshConfig, batch_sharding, make_mesh
+from lmjax.data.chat import GUARD, ChatTemplate
 from lmjax.decode.generate import SampleConfig, generate
 from lmjax.errors import ConfigError
 from lmjax.interop.load import open_model
@@ -67,7 +68,24 @@ class HarnessModel(TemplateLM):
     def tokenizer_name(self) -> str:
         return self.tokenizer.fingerprint
 
+    @functools.cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The model's template, for the harness's books. Raises ConfigError for the name of another one."""
+        if isinstance(chat_template, str):
+            raise ConfigError(f"apply_chat_template={chat_template!r}: a model has one template here; give no name")
+        return self._template.source if chat_template else ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as the template writes it. Its first character, GUARD, tells `tok_encode` to parse specials,
+        and further ones keep those that messages spell from being parsed."""
+        return GUARD + self._template.render(chat_history, continue_last=not add_generation_prompt)
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        if string.startswith(GUARD):
+            return self._template.encode(string).tolist()  # the template has put bos where it belongs
         ids = self.tokenizer.encode(string).tolist()
         return ids if add_special_tokens is False else [*self._opened.prefix_ids, *ids]
 
@@ -121,8 +139,10 @@ class HarnessModel(TemplateLM):
                                   f"{self.max_length} tokens; lower it")
             for start in range(0, len(rows), self.batch_size):
                 batch = rows[start:start + self.batch_size]
-                prompts = [self._opened.encode(requests[i].args[0])[-room:] for i in batch]
-                for i, text in zip(batch, self._generate(prompts, config), strict=True):
+                prompts = [np.array(self.tok_encode(requests[i].args[0]) or [self.prefix_token_id], np.int32)[-room:]
+                           for i in batch]
+                ends = self._template.turn_ends if requests[batch[0]].args[0].startswith(GUARD) else ()
+                for i, text in zip(batch, self._generate(prompts, config, ends), strict=True):
                     stops = requests[i].args[1].get("until") or []
                     for stop in [stops] if isinstance(stops, str) else stops:
                         text = text.split(stop)[0] if stop else text
@@ -130,10 +150,10 @@ class HarnessModel(TemplateLM):
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return [texts[i] for i in range(len(requests))]
 
-    def _generate(self, prompts: list[np.ndarray], config: SampleConfig) -> list[str]:
+    def _generate(self, prompts: list[np.ndarray], config: SampleConfig, ends: tuple[int, ...] = ()) -> list[str]:
         with jax.set_mesh(self._mesh):
             outs = generate(self._opened.graphdef, self._opened.params, prompts, config, key=jax.random.key(0),
-                            vocab_size=self.tokenizer.vocab_size, eos_id=self.tokenizer.eos_id)
+                            vocab_size=self.tokenizer.vocab_size, eos_id=self.tokenizer.eos_id, stop_ids=ends)
         return [self.tokenizer.decode(out) for out in outs]
 
     def _sample_config(self, wanted: dict) -> SampleConfig:

@@ -91,7 +91,10 @@ def load(path: str | Path, *, mesh: Mesh | None = None, dtype: str = "", step: i
 
 def open_model(path: str | Path, *, mesh: Mesh | None = None, dtype: str = "", step: int = 0) -> Opened:
     """What `load` gives, in the parts that compiled programs take. The arguments and errors are those of `load`."""
-    path = Path(path).expanduser()
+    try:
+        path = Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{path}: there is no such user; write the path out") from None
     if dtype and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
     kind = what_is(path)
@@ -159,6 +162,12 @@ def open_run(folder: str | Path, *, mesh: Mesh | None = None, dtype: str = "", s
     """
     folder = Path(folder)
     config = read_run_config(folder)
+    bad = config.model.problems() + config.compute.problems()
+    if not config.model.vocab_size:
+        bad.append("model.vocab_size=0: a run saves the size that it took from its tokenizer")
+    if bad:
+        raise ConfigError(*(f"{folder / 'config.json'}: {problem}; not a run's, or damaged: restore it from a copy"
+                            for problem in bad))
     build = functools.partial(Decoder, config.model, compute=ComputeConfig(dtype=dtype) if dtype else config.compute)
     params = abstract_params(build)
     whole = SingleDeviceSharding(jax.local_devices()[0])

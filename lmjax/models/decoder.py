@@ -29,6 +29,10 @@ from lmjax.nn.mlp import ACTIVATIONS, feed_forward
 from lmjax.nn.norm import layer_norm, rms_norm
 from lmjax.nn.rope import RopeScaling, apply_rope, rope_frequencies, rope_magnitude, rotation
 
+# Far beyond any model, so that a slip of the finger is told before something loops over it.
+LARGEST = {"vocab_size": 2**28, "num_layers": 10_000, "d_model": 2**18, "num_heads": 2**14, "head_dim": 2**14,
+           "d_ff": 2**22, "max_seq_len": 2**31 - 1}
+
 
 @dataclasses.dataclass(unsafe_hash=True)
 class DecoderConfig:
@@ -82,6 +86,12 @@ class DecoderConfig:
                      "attention_softcap", "logit_softcap", "query_scale"):
             if not getattr(self, name) >= 0:
                 bad.append(f"{prefix}.{name}={getattr(self, name)}: must not be negative")
+        for name, most in LARGEST.items():
+            if getattr(self, name) > most:
+                bad.append(f"{prefix}.{name}={getattr(self, name)}: must be at most {most:,}")
+        if len(self.windows) > LARGEST["num_layers"]:
+            bad.append(f"{prefix}.windows: has {len(self.windows):,} entries, at most {LARGEST['num_layers']:,} make "
+                       "sense")
         for name in ("norm_eps", "rope_theta"):
             if not getattr(self, name) > 0:
                 bad.append(f"{prefix}.{name}={getattr(self, name)}: must be above 0")
@@ -89,8 +99,8 @@ class DecoderConfig:
                               ("activation", tuple(ACTIVATIONS))):
             if getattr(self, name) not in choices:
                 bad.append(f"{prefix}.{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        if not self.windows or any(w < 0 for w in self.windows):
-            bad.append(f"{prefix}.windows={self.windows}: give at least one window, each 0 (all) or more")
+        if not self.windows or any(not 0 <= w < 2**31 for w in self.windows):
+            bad.append(f"{prefix}.windows={str(self.windows)[:80]}: give at least one window, each 0 (all) or more")
         if self.rope_scaling:
             bad += self.rope_scaling.problems(f"{prefix}.rope_scaling")
         if bad:

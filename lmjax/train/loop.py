@@ -19,7 +19,7 @@ from lmjax.checkpoint import Checkpoints, abstract, save_json, versions
 from lmjax.config import RunConfig, fit_vocabulary, from_json, to_json, validate
 from lmjax.data import Batches, Corpus, prepare_all, validation_batches
 from lmjax.decode.generate import check, generate
-from lmjax.errors import CheckpointError, HostsError, NonFiniteError, Stopped
+from lmjax.errors import CheckpointError, NonFiniteError, Stopped
 from lmjax.evals.perplexity import evaluate, make_eval_step
 from lmjax.interop.load import initial_params
 from lmjax.lease import open_folder
@@ -36,7 +36,7 @@ from lmjax.train.compiling import compile_step, end_profile
 from lmjax.train.meter import Meter
 from lmjax.train.repair import GoBack, Lineage, cause, rechecked
 from lmjax.train.stopping import StopSignals
-from lmjax.train.words import environment, say_preparing, say_resume, say_start
+from lmjax.train.words import environment, say_preparing, say_resume, say_start, say_used
 
 
 def train(config: RunConfig, profile: int = 0) -> Path:
@@ -67,7 +67,8 @@ def train(config: RunConfig, profile: int = 0) -> Path:
 
         # ---- Data -------------------------------------------------------------------------------------
         with phases("prepare"):
-            corpus = prepare_all(config.data, progress=say_preparing if is_main else None)
+            corpus = prepare_all(config.data, progress=say_preparing if is_main else None,
+                                 tell=print if is_main else None)
             hosts.same_everywhere(corpus_fingerprints(corpus))
         tokenizer = corpus.tokenizer
         config = fit_vocabulary(config, config.data.tokenizer, tokenizer.vocab_size)
@@ -118,6 +119,8 @@ def train(config: RunConfig, profile: int = 0) -> Path:
             save_json(folder / "environment.json", environment(devices))
             tokenizer.save(folder / "tokenizer.json")
         say_start(log, config, plan, corpus, batches, devices)
+        for note in corpus.notes:
+            log.say(note)
         if restored is not None:
             say_resume(log, config, saved_meta, first)
         if first < config.steps:
@@ -225,11 +228,7 @@ def train(config: RunConfig, profile: int = 0) -> Path:
                     state, first = go_back(checkpoints, lineage, config, like, meta, meter, log)
                 phases.step = first
             except Exception as error:
-                if not hosts.peer_lost(error):
-                    raise
-                raise HostsError(f"step {phases.step + 1}: a collective failed ({str(error).splitlines()[0][:160]}); "
-                                 "another process has died or left, see its log; start all of them again to continue"
-                                 ) from error
+                raise hosts.peer_lost(error, f"step {phases.step + 1}: ") or error from None
         with phases("save"):
             checkpoints.wait()
 
@@ -238,6 +237,7 @@ def train(config: RunConfig, profile: int = 0) -> Path:
             log.say(f"{folder} is complete at step {first}; nothing to do. Raise --steps to train on.")
         elif is_main:
             phases.write(force=True)
+            say_used(log, batches, lineage.ranges(config.steps))
             commands = [f"lmjax generate {folder} --prompt '…'"]
             log.close(summary(read_metrics(folder), folder, commands, goodput(folder)))
     return folder

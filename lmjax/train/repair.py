@@ -3,6 +3,7 @@
 Skipping itself is decided on the device (`lmjax.guard`).
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,11 @@ class Lineage:
 
     def batch(self, step: int) -> int:
         return step + sum(batches for at, batches in self.jumps if at <= step)
+
+    def ranges(self, steps: int) -> list[tuple[int, int]]:
+        """The batches that so many steps take, as [from, to) each."""
+        bounds = sorted({0, steps, *(at for at, _ in self.jumps if at < steps)})
+        return [(self.batch(a), self.batch(b - 1) + 1) for a, b in itertools.pairwise(bounds)]
 
     def jump(self, step: int, batches: int, writes: bool) -> None:
         self.jumps.append([step, batches])

@@ -60,6 +60,15 @@ def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Bat
     ]))
 
 
+def say_used(log: RunLog, batches: Batches, ranges: list[tuple[int, int]]) -> None:
+    """What was read of each source: the batches of these ranges, which leave out what a run has jumped over."""
+    parts = [(batches.used(start), batches.used(stop)) for start, stop in ranges]
+    for i, last in enumerate(parts[-1][1]):
+        rows, tokens, epochs = (sum(getattr(after[i], name) - getattr(before[i], name) for before, after in parts)
+                                for name in ("rows", "tokens", "epochs"))
+        log.say(f"read {rows:,} rows ({tokens:,} tokens, {epochs:.2f} epochs) of {last.folder}")
+
+
 CHANGES = {  # what it means to change these between a save and a resume
     "steps": "the schedule now ends there",
     "optim": "from here on, so the run is no longer what its config alone gives",

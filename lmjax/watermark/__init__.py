@@ -1,0 +1,1 @@
+"""Watermarks found again (`detect`, without JAX), measured under edits (`roc`) and learned (`whistle`)."""
