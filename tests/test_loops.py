@@ -168,8 +168,9 @@ def test_without_the_stop_nothing_of_it_is_compiled():
         program = Program(model()[0], active(configs), CacheConfig(), 64, 32, -1)
         prompts = jnp.ones((4, 16), jnp.int32), jnp.full(4, 3)
         keys = module.row_keys(jax.random.key(0), range(4))
-        return jax.eval_shape(functools.partial(module._prefill, program=program), model()[1], None, *prompts, keys,
-                              module.settings_of(configs), np.full(16, -1, np.int32), None)
+        return jax.eval_shape(functools.partial(module._prefill, program=program), model()[1],
+                              module.Prepared(None, None), *prompts, keys, module.settings_of(configs),
+                              np.full(16, -1, np.int32), None)
 
     assert state([SampleConfig()] * 4).loops is None and state(CONFIGS).loops.equal_BP.shape == (4, 32)
 

@@ -138,7 +138,8 @@ def layers_apart(blocks: dict) -> tuple[dict, ...] | None:
     if any(isinstance(w, jax.core.Tracer) or not isinstance(w, jax.Array) for w in stacked):
         return None
     device, *others = set().union(*(w.devices() for w in stacked))
-    if others or device.platform != "cpu":
+    mesh = jax.sharding.get_abstract_mesh()
+    if others or device.platform != "cpu" or not (mesh.empty or mesh.size == 1):
         return None
     held = jax.device_get(stacked)  # on a CPU this is the memory itself
     return tuple(jax.device_put(jax.tree.unflatten(tree, [w[n] for w in held]), device) for n in range(len(held[0])))
