@@ -26,12 +26,12 @@ from ml_collections.config_flags import config_path
 
 from lmjax.axes import MeshConfig, abstract_mesh, batch_ways
 from lmjax.checkpoint import CheckpointConfig
-from lmjax.data import DataConfig, SourceConfig
+from lmjax.data import DataConfig, Protect, SourceConfig
 from lmjax.decode.generate import SampleConfig
 from lmjax.errors import ConfigError
 from lmjax.guard import GuardConfig
 from lmjax.log import LogConfig
-from lmjax.losses.goldfish import GoldfishConfig
+from lmjax.losses.goldfish import GoldfishConfig, equal_steps
 from lmjax.models import ComputeConfig, DecoderConfig, RopeScaling, preset
 from lmjax.objectives.pretrain import PretrainConfig
 from lmjax.optim import OptimConfig
@@ -88,6 +88,18 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         return Path(self.run_root) / self.name
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the run: `steps`, or more with objective.goldfish.equal_supervised."""
+        fish = self.objective.goldfish
+        return equal_steps(fish, self.steps, self.protected_share) if fish.equal_supervised else self.steps
+
+    @property
+    def protected_share(self) -> float:
+        """The share of training rows whose source the goldfish loss may drop targets of."""
+        total = sum(source.weight for source in self.data.sources)
+        return sum(source.weight for source in self.data.sources if source.goldfish) / total
 
 
 # ---- checks across fields ------------------------------------------------------------------------------
@@ -151,14 +163,31 @@ def _mesh_problems(c: RunConfig, num_devices: int) -> list[str]:
     return bad
 
 
+def protection(c: RunConfig) -> Protect | None:
+    """What the data pipeline has to add to batches for the goldfish loss; None for nothing."""
+    fish, sources = c.objective.goldfish, tuple(source.goldfish for source in c.data.sources)
+    if fish.strategy == "none" or (fish.strategy != "text_hash" and all(sources)):
+        return None
+    return Protect(sources, fish.strategy == "text_hash", fish.context, fish.seed)
+
+
 def ignored(c: RunConfig) -> list[str]:
     """Settings that have no effect in this config, one line each; a run warns of them."""
     fish, default = c.objective.goldfish, GoldfishConfig()
-    uses = {"none": (), "hash": ("k", "context", "seed"), "hash_table": ("k", "context"),
-            "static": ("k",), "random": ("k",)}[fish.strategy]
+    when = ("start", "k_final", "anneal_steps", "equal_supervised")
+    uses = {"none": (), "hash": ("k", "context", "seed", *when), "text_hash": ("k", "context", "seed", *when),
+            "hash_table": ("k", "context", *when), "static": ("k", *when), "random": ("k", *when)}[fish.strategy]
     found = [f"objective.goldfish.{name}={getattr(fish, name)} has no effect with strategy={fish.strategy!r}"
-             for name in ("k", "context", "seed")
+             for name in ("k", "context", "seed", *when)
              if name not in uses and getattr(fish, name) != getattr(default, name)]
+    if fish.strategy == "none":
+        found += [f"data.sources[{i}].goldfish=False has no effect with strategy='none'"
+                  for i, source in enumerate(c.data.sources) if not source.goldfish]
+    elif not any(source.goldfish for source in c.data.sources):
+        found.append(f"objective.goldfish.strategy={fish.strategy!r} has no effect: no source has goldfish=True")
+    if fish.strategy != "none" and fish.start >= c.total_steps:
+        found.append(f"objective.goldfish.start={fish.start}: the run has {c.total_steps} steps, so nothing is ever "
+                     "dropped")
     if len(c.model.windows) > c.model.num_layers:
         found.append(f"model.windows has {len(c.model.windows)} entries for {c.model.num_layers} layers; the last "
                      "ones have no effect")

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from lmjax import flops
 from lmjax.config import RunConfig
 from lmjax.log import format_bytes, format_count
+from lmjax.losses.goldfish import dropped_steps
 from lmjax.models import Decoder
 from lmjax.state import TrainState, make_init, shardings
 from lmjax.tree import count, named_leaves
@@ -68,6 +69,17 @@ def parameter_table(plan: Plan) -> str:
                      for row in rows)
 
 
+def supervised(config: RunConfig) -> list[str]:
+    """One line on how many of its targets a run with goldfish is trained on; none for a run without."""
+    fish, steps, tokens = config.objective.goldfish, config.total_steps, config.batch_size * config.seq_len
+    if fish.strategy == "none":
+        return []
+    kept = (steps - config.protected_share * dropped_steps(fish, steps)) * tokens
+    longer = f"; {config.steps:,} steps made {steps:,} (equal_supervised)" if fish.equal_supervised else ""
+    return [f"supervised   about {format_count(kept)} of {format_count(tokens * steps)} targets, goldfish drops the "
+            f"rest{longer}"]
+
+
 def describe(plan: Plan, config: RunConfig) -> str:
     """The numbers of a plan, for the start of a run and for --dry-run."""
     tokens = config.batch_size * config.seq_len
@@ -80,7 +92,8 @@ def describe(plan: Plan, config: RunConfig) -> str:
         f"state/device {format_bytes(params)} weights + {format_bytes(moments)} optimizer "
         f"+ {format_bytes(params)} gradients; activations come on top",
         f"batch        {config.batch_size} rows x {config.seq_len} = {tokens:,} tokens a step, "
-        f"{format_count(tokens * config.steps)} in {config.steps:,} steps",
+        f"{format_count(tokens * config.total_steps)} in {config.total_steps:,} steps",
+        *supervised(config),
         f"FLOPs        {format_count(plan.flops_per_token)} a token (6 x matrix weights + attention), "
-        f"{plan.flops_per_token * tokens * config.steps:.2e} in all",
+        f"{plan.flops_per_token * tokens * config.total_steps:.2e} in all",
     ])

@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from lmjax.axes import MeshConfig
-from lmjax.config import RunConfig, fit_vocabulary, from_json, ignored, load_config, to_json, validate
+from lmjax.config import (
+    RunConfig,
+    SourceConfig,
+    fit_vocabulary,
+    from_json,
+    ignored,
+    load_config,
+    protection,
+    to_json,
+    validate,
+)
 from lmjax.errors import ConfigError
 from lmjax.train import dry_run
 
@@ -109,6 +119,24 @@ def test_settings_without_effect_are_told():
     for word in ("context=5", "rope_scaling", "decay_fraction", "prompts"):
         assert any(word in text for text in ignored(odd)), word
     assert ignored(load_config(QUICKSTART, ["--model.windows=(1,2,3,4,5,6)"]))
+
+
+def test_equal_supervised_makes_a_run_longer():
+    more = ["--objective.goldfish.equal_supervised=true", "--steps=900"]
+    config = load_config(QUICKSTART, more)
+    assert (config.steps, config.total_steps) == (900, 1200)
+    assert "900 steps made 1,200" in dry_run(config, 1) and "about 921.6k of 1.2M targets" in dry_run(config, 1)
+    assert load_config(QUICKSTART, [*more, "--objective.goldfish.strategy=none"]).total_steps == 900
+    assert ignored(load_config(QUICKSTART, [*more, "--objective.goldfish.strategy=none"]))
+    sources = (SourceConfig(weight=3.0), SourceConfig(weight=1.0, goldfish=False))
+    mixed = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+    assert mixed.protected_share == 0.75 and mixed.total_steps == 1108  # 900 / (1 - 3/16)
+    assert protection(mixed).sources == (True, False) and protection(config) is None
+    assert protection(load_config(QUICKSTART, ["--objective.goldfish.strategy=text_hash"])).text
+    spared = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources[1:]))
+    assert any("no source has goldfish=True" in line for line in ignored(spared))
+    late = load_config(QUICKSTART, ["--objective.goldfish.start=9999"])
+    assert any("nothing is ever" in line for line in ignored(late))
 
 
 def test_json_round_trip():

@@ -8,6 +8,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from lmjax.losses.goldfish import (
     GoldfishConfig,
+    drop_rate,
+    dropped_steps,
+    equal_steps,
     hash_keep,
     hash_table_keep,
     keep_mask,
@@ -150,4 +153,70 @@ def test_rows_shorter_than_the_context_are_kept_whole():
 @pytest.mark.parametrize("config,word", [(GoldfishConfig("hsh"), "strategy"), (GoldfishConfig(k=1), "k=1"),
                                          (GoldfishConfig(context=0), "context")])
 def test_problems(config, word):
+    assert any(word in p for p in config.problems())
+
+
+# ---- schedules and gates -------------------------------------------------------------------------------
+
+
+SCHEDULED = GoldfishConfig("hash", k=4, start=10, k_final=8, anneal_steps=20)
+
+
+def test_the_rate_of_a_schedule():
+    rates = [float(drop_rate(SCHEDULED, step)) for step in (0, 9, 10, 20, 30, 1000)]
+    np.testing.assert_allclose(rates, [0, 0, 1 / 4, 3 / 16, 1 / 8, 1 / 8])
+    for config in (SCHEDULED, GoldfishConfig("hash", k=4), GoldfishConfig("hash", k=3, start=7),
+                   GoldfishConfig("hash", k=8, k_final=2, anneal_steps=5)):
+        for steps in (0, 1, 9, 11, 30, 31, 200):
+            assert dropped_steps(config, steps) == pytest.approx(sum(float(drop_rate(config, t)) for t in range(steps)))
+
+
+def test_equal_steps_is_the_least_that_is_enough():
+    for k in (2, 3, 4, 50):
+        for steps in (1, 3, 9, 1000, 10**9):
+            assert equal_steps(GoldfishConfig("hash", k=k), steps) == -(-steps * k // (k - 1))
+    for share in (0.3, 1.0):
+        for steps in (5, 40, 300):
+            n = equal_steps(SCHEDULED, steps, share)
+            kept = [m - share * dropped_steps(SCHEDULED, m) for m in (n - 1, n)]
+            assert kept[0] < steps <= kept[1] + 1e-9
+    assert equal_steps(GoldfishConfig("none"), 7) == 7
+
+
+@pytest.mark.parametrize("strategy", ["hash", "hash_table", "text_hash", "random"])
+def test_a_schedule_is_a_function_of_the_step_inside_jit(strategy):
+    tokens = jnp.asarray(ids(rows=2, length=4000))
+    marks = jnp.asarray(np.random.default_rng(0).integers(0, 2**32, tokens.shape, np.uint32))
+    config = GoldfishConfig(strategy, k=4, start=10, k_final=16, anneal_steps=20)
+    keep = jax.jit(lambda step: keep_mask(config, tokens, tokens, key=jax.random.key(0), step=step,
+                                          marks_BT=marks if strategy == "text_hash" else None))
+    masks = [np.asarray(keep(jnp.int32(step))) for step in (0, 9, 10, 20, 30, 99)]
+    np.testing.assert_allclose([1 - m.mean() for m in masks], [0, 0, 1 / 4, 5 / 32, 1 / 16, 1 / 16], atol=0.02)
+    assert keep._cache_size() == 1, "the threshold is a traced value"
+    for more, fewer in ((2, 3), (3, 4), (4, 5)):
+        assert not (masks[more] & ~masks[fewer]).any(), "what a larger k drops, a smaller one drops too"
+    if strategy != "random":
+        constant = keep_mask(GoldfishConfig(strategy, k=4), tokens, tokens,
+                             marks_BT=marks if strategy == "text_hash" else None)
+        np.testing.assert_array_equal(masks[2], constant)
+
+
+def test_unprotected_targets_are_kept():
+    tokens = ids(rows=4, length=1000)
+    marks = np.zeros(tokens.shape, np.uint32)
+    marks[::2] = 2**32 - 1
+    for strategy in ("hash", "hash_table", "static"):
+        config = GoldfishConfig(strategy, k=2, context=5)
+        keep = keep_mask(config, tokens, tokens, marks_BT=marks)
+        assert keep[::2].all()
+        np.testing.assert_array_equal(keep[1::2], keep_mask(config, tokens, tokens)[1::2])
+    static = [keep_mask(GoldfishConfig("static", k=4, start=5), tokens, tokens, step=np.int32(s)) for s in (4, 5)]
+    assert static[0].all() and not static[1][:, ::4].any()
+
+
+@pytest.mark.parametrize("config,word", [
+    (GoldfishConfig("hash", k_final=8), "set both"), (GoldfishConfig("hash", anneal_steps=8), "set both"),
+    (GoldfishConfig("hash", k_final=1, anneal_steps=8), "k_final=1"), (GoldfishConfig(start=-1), "start=-1"),
+    (GoldfishConfig("static", k_final=8, anneal_steps=8), "another strategy")])
+def test_problems_of_schedules(config, word):
     assert any(word in p for p in config.problems())

@@ -7,6 +7,7 @@ imported when the first `Batches` is made.
 from lmjax.data.manifest import Manifest, load_manifest
 from lmjax.data.mixture import Batches, Corpus, DataConfig, SourceUse, prepare_all, validation_batches
 from lmjax.data.prepare import Progress, prepare
+from lmjax.data.protect import Protect
 from lmjax.data.rows import Rows
 from lmjax.data.shards import Tokens
 from lmjax.data.sources import Document, SourceConfig, documents, source_key
@@ -14,6 +15,6 @@ from lmjax.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_to
 
 __all__ = [
     "Batches", "ByteTokenizer", "Corpus", "DataConfig", "Document", "HFTokenizer", "Manifest", "Progress",
-    "Rows", "SourceConfig", "SourceUse", "Tokenizer", "Tokens", "documents", "load_manifest", "load_tokenizer",
-    "prepare", "prepare_all", "source_key", "train_bpe", "validation_batches",
+    "Protect", "Rows", "SourceConfig", "SourceUse", "Tokenizer", "Tokens", "documents", "load_manifest",
+    "load_tokenizer", "prepare", "prepare_all", "source_key", "train_bpe", "validation_batches",
 ]

@@ -151,6 +151,18 @@ def run_tokenizer_show(args: list[str]) -> int:
     return 0
 
 
+def run_overlap(args: list[str]) -> int:
+    from lmjax.data.corpora import run_overlap
+
+    return run_overlap(args)
+
+
+def run_dedup(args: list[str]) -> int:
+    from lmjax.data.corpora import run_dedup
+
+    return run_dedup(args)
+
+
 def describe(manifest: Manifest, folder: Path) -> str:
     """A prepared folder in a few lines for people."""
     source, tokenizer = manifest.source, manifest.tokenizer
@@ -222,6 +234,8 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
                                                         "text)")
     parser.add_argument("--split", default="train", help="split of a dataset, hf only (default: train)")
     parser.add_argument("--subset", default="", help="configuration of a dataset, hf only")
+    parser.add_argument("--where", default="", metavar="NAME",
+                        help="jsonl: only records whose field NAME is true; !NAME: only the others")
     parser.add_argument("--encoding-errors", choices=ENCODING, default="error",
                         help="for bytes that are no UTF-8 (default: error)")
     parser.add_argument("--on-bad-record", choices=RECORDS, default="error",
@@ -233,7 +247,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 def _source(given: argparse.Namespace) -> SourceConfig:
     kind = given.kind or _guess_kind(given.path)
     return SourceConfig(kind, given.path, given.field, 1.0, given.split, given.subset, given.encoding_errors,
-                        given.on_bad_record, given.max_bad_records)
+                        given.on_bad_record, given.max_bad_records, where=given.where)
 
 
 def _guess_kind(path: str) -> str:

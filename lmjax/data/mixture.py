@@ -19,6 +19,7 @@ import numpy as np
 from lmjax.data.manifest import Manifest, damage, load_manifest, write_atomically
 from lmjax.data.policy import skipped_line
 from lmjax.data.prepare import SHARD_BYTES, Progress, prepare, training_documents
+from lmjax.data.protect import Marks, Protect
 from lmjax.data.rows import Rows, padding
 from lmjax.data.shards import Tokens
 from lmjax.data.sources import SourceConfig, check_budget, check_outside, source_key
@@ -213,18 +214,20 @@ class Batches:
     MapDataset, so row r of step s is always the same whoever asks for it: hosts that take different rows of
     a step together hold exactly the batch that one host would.
 
-    DataError: batch_size < 1, a seed outside [0, 2^32), or a source without tokens in the split.
+    `protect` adds the field `goldfish`. DataError: batch_size < 1, a seed outside [0, 2^32), or a source without tokens
+    in the split.
     """
 
     def __init__(self, corpus: Corpus, split: str, batch_size: int, seq_len: int, seed: int,
-                 shuffle: bool = True) -> None:
+                 shuffle: bool = True, protect: Protect | None = None) -> None:
         if batch_size < 1 or not 0 <= seed < 2**32:
             raise DataError(f"batch_size = {batch_size}, seed = {seed}: must be >= 1 and in [0, 2^32)")
         import grain  # here, since it takes a second and preparing does not need it
 
         self.batch_size, self.seq_len = batch_size, seq_len
-        self._rows = [Rows(Tokens(folder, split, manifest), seq_len)
-                      for folder, manifest in zip(corpus.folders, corpus.manifests, strict=True)]
+        self._rows = [Rows(Tokens(folder, split, manifest), seq_len,
+                           marks=Marks(protect, index, corpus.tokenizer) if protect else None)
+                      for index, (folder, manifest) in enumerate(zip(corpus.folders, corpus.manifests, strict=True))]
         self._weights = corpus.weights
         streams = []
         for index, rows in enumerate(self._rows):

@@ -230,6 +230,8 @@ def _finish(out: Path, identity: dict[str, Any], source: SourceConfig, tokenizer
                  "field": source.field, "split": source.split, "subset": source.subset,
                  "encoding_errors": source.encoding_errors, "on_bad_record": source.on_bad_record,
                  "key": identity["source_key"]}
+    if source.where:
+        described["where"] = source.where
     if source.kind == "pystdlib":
         described["python"] = platform.python_version()
     manifest = Manifest(

@@ -8,6 +8,7 @@ Legend: B rows of a batch, T tokens of a row.
 
 import numpy as np
 
+from lmjax.data.protect import Marks
 from lmjax.data.shards import Tokens
 from lmjax.errors import DataError
 
@@ -19,16 +20,16 @@ class Rows:
     `keep_tail`, the fewer than T targets left at the end. `keep_tail` pads them into one more row, so that
     over all rows the weights sum to tokens - documents. A split shorter than one row is always padded.
 
-    DataError: seq_len < 1, or a split without tokens.
+    `marks` adds the field `goldfish` (`protect`). DataError: seq_len < 1, or a split without tokens.
     """
 
-    def __init__(self, tokens: Tokens, seq_len: int, keep_tail: bool = False) -> None:
+    def __init__(self, tokens: Tokens, seq_len: int, keep_tail: bool = False, marks: Marks | None = None) -> None:
         if seq_len < 1:
             raise DataError(f"seq_len = {seq_len}: must be at least 1")
         if len(tokens) < 2:
             raise DataError(f"{tokens.folder}: split {tokens.split!r} has no tokens; prepare it with another "
                             "validation_fraction")
-        self.tokens, self.seq_len = tokens, seq_len
+        self.tokens, self.seq_len, self.marks = tokens, seq_len, marks
         targets = len(tokens) - 1
         self._length = -(-targets // seq_len) if keep_tail else max(1, targets // seq_len)
 
@@ -40,7 +41,8 @@ class Rows:
         if not 0 <= index < self._length:
             raise IndexError(f"row {index} of {self._length}")
         start = index * self.seq_len
-        return cut(*self.tokens.read(start, start + self.seq_len + 1), self.seq_len)
+        row = cut(*self.tokens.read(start, start + self.seq_len + 1), self.seq_len)
+        return row | {"goldfish": self.marks.row(self.tokens, start, self.seq_len)} if self.marks else row
 
 
 def cut(tokens_n: np.ndarray, document_n: np.ndarray, seq_len: int) -> dict[str, np.ndarray]:

@@ -49,6 +49,9 @@ class SourceConfig:
     on_bad_record   for lines and rows that cannot be used (malformed JSON, no such field, text that is no string, bytes
                     that encoding_errors = "error" refuses): error | skip
     max_bad_records how many of them "skip" leaves out before it is an error after all
+    goldfish        may the goldfish loss drop targets of this source?
+    where           jsonl only: "NAME" reads the records whose field NAME is true (JSON's true, or any value that is not
+                    false, null, 0 or empty), "!NAME" the others, also those that have no such field
     """
 
     kind: str = "pystdlib"
@@ -60,6 +63,8 @@ class SourceConfig:
     encoding_errors: str = "error"
     on_bad_record: str = "error"
     max_bad_records: int = 100
+    goldfish: bool = True
+    where: str = ""
 
     def problems(self, prefix: str = "") -> list[str]:
         """Everything wrong with this config, one line each, each beginning with `prefix` and the field."""
@@ -92,6 +97,10 @@ class SourceConfig:
         for name, value, default in (("split", self.split, "train"), ("subset", self.subset, "")):
             if self.kind != "hf" and value != default:
                 found.append(f"{prefix}{name} = {value!r}: has an effect on kind \"hf\" only; remove it")
+        if self.where and self.kind != "jsonl":
+            found.append(f"{prefix}where = {self.where!r}: has an effect on kind \"jsonl\" only; remove it")
+        elif self.where == "!":
+            found.append(f"{prefix}where = '!': give the name of a field, such as '!protect'")
         return found
 
 
@@ -237,6 +246,8 @@ def source_key(source: SourceConfig, files: list[dict[str, Any]] | None = None) 
         what["encoding_errors"] = source.encoding_errors
     if source.on_bad_record != "error":
         what["on_bad_record"] = source.on_bad_record  # the budget changes no document
+    if source.where:
+        what["where"] = source.where
     if source.kind == "hf":
         what |= {"split": source.split, "subset": source.subset}
         if not what["files"]:
@@ -263,9 +274,12 @@ def _read_jsonl(source: SourceConfig, policy: Policy) -> Iterator[Document]:
             if text is None or not text.strip("\ufeff \t\r\n"):
                 continue
             try:
-                value = policy.whole(_json_text(text.removeprefix("\ufeff"), source.field, where), where)
-            except BadRecord as record:
-                policy.bad(record)
+                record = _json_record(text.removeprefix("\ufeff"), source.field, where)
+                if source.where and bool(record.get(source.where.removeprefix("!"))) == source.where.startswith("!"):
+                    continue
+                value = policy.whole(record[source.field], where)
+            except BadRecord as bad:
+                policy.bad(bad)
                 continue
             if value is not None:
                 yield Document(value, f"{file.name}:{number}")
@@ -281,7 +295,8 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _json_text(line: str, field: str, where: str) -> str:
+def _json_record(line: str, field: str, where: str) -> dict[str, Any]:
+    """The object of a line, whose `field` is a string."""
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
@@ -299,7 +314,7 @@ def _json_text(line: str, field: str, where: str) -> str:
     if not isinstance(value[field], str):
         raise BadRecord("wrong_type", f"{where}: field {field!r} is a {type(value[field]).__name__}, not a string; "
                         "correct the line or choose another field")
-    return value[field]
+    return value
 
 
 # ---- parquet and datasets -------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Next-token pretraining, with or without the goldfish loss.
 
-Batch fields, all [B, T]: tokens, targets, segments, positions, weights.
+Batch fields, all [B, T]: tokens, targets, segments, positions, weights; `goldfish` where sources are gated or words are
+hashed (`lmjax.data.protect`); and `step` [B], the same number in every row, where goldfish has a schedule.
 """
 
 import dataclasses
@@ -34,7 +35,8 @@ def loss(config: PretrainConfig, model, batch: dict[str, jax.Array],
     """(sum, weight, metrics) in nats. Reported losses are pure cross-entropy: on kept targets, on dropped
     ones (which the model was never trained on), and on all."""
     weights_BT = batch["weights"]
-    keep_BT = keep_mask(config.goldfish, batch["tokens"], batch["targets"], batch["segments"], key)
+    keep_BT = keep_mask(config.goldfish, batch["tokens"], batch["targets"], batch["segments"], key,
+                        batch.get("goldfish"), batch["step"][0] if config.goldfish.scheduled else None)
     kept_BT = weights_BT * keep_BT
     x_BTD = model.hidden(batch["tokens"], batch["segments"], batch["positions"])
     total, nll_BT = cross_entropy(

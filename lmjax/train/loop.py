@@ -16,7 +16,7 @@ import numpy as np
 from lmjax import hosts
 from lmjax.axes import make_mesh
 from lmjax.checkpoint import Checkpoints, abstract, save_json, versions
-from lmjax.config import RunConfig, fit_vocabulary, from_json, to_json, validate
+from lmjax.config import RunConfig, fit_vocabulary, from_json, protection, to_json, validate
 from lmjax.data import Batches, Corpus, prepare_all, validation_batches
 from lmjax.decode.generate import check, generate
 from lmjax.errors import CheckpointError, NonFiniteError, Stopped
@@ -56,6 +56,7 @@ def train(config: RunConfig, profile: int = 0) -> Path:
             hosts.start(config.limits.connect or 300.0)
             devices = jax.devices()
         validate(config, len(devices))
+        steps = config.total_steps
         is_main = hosts.is_main()
         folder = config.folder
         stack.enter_context(open_folder(folder, holds=is_main))
@@ -75,13 +76,13 @@ def train(config: RunConfig, profile: int = 0) -> Path:
         if config.evals.every and config.evals.prompts:
             check(config.model, eval_prompts(config, tokenizer),
                   [config.evals.sample] * len(config.evals.prompts), tokenizer.vocab_size, what="evals.prompts: prompt")
-        batches = Batches(corpus, "train", config.batch_size, config.seq_len, config.seed)
+        batches = Batches(corpus, "train", config.batch_size, config.seq_len, config.seed, protect=protection(config))
         lineage = Lineage(folder)
 
         # ---- Mesh, model, optimizer -------------------------------------------------------------------
         mesh = make_mesh(config.mesh)
         stack.enter_context(jax.set_mesh(mesh))
-        tx, schedule = make_optimizer(config.optim, config.steps)
+        tx, schedule = make_optimizer(config.optim, steps)
         build = functools.partial(Decoder, config.model, compute=config.compute)
         model_def = graphdef(build)
         plan = make_plan(config, tx, mesh)
@@ -106,12 +107,12 @@ def train(config: RunConfig, profile: int = 0) -> Path:
         else:
             state, saved_meta = restored
             first = int(saved_meta["step"])
-            if first > config.steps:
-                raise CheckpointError(f"{folder}: is at step {first}, past steps={config.steps}; raise --steps "
+            if first > steps:
+                raise CheckpointError(f"{folder}: is at step {first}, past steps={steps}; raise --steps "
                                       "or give this run another name (--name=…)")
 
         # ---- What the user sees first -----------------------------------------------------------------
-        log = stack.enter_context(RunLog(folder, config.log, config.steps, first, is_main))
+        log = stack.enter_context(RunLog(folder, config.log, steps, first, is_main))
         checkpoints.warn = log.say
         if is_main:
             phases.account(first)
@@ -123,7 +124,7 @@ def train(config: RunConfig, profile: int = 0) -> Path:
             log.say(note)
         if restored is not None:
             say_resume(log, config, saved_meta, first)
-        if first < config.steps:
+        if first < steps:
             log.write("start", first, time=time.time(), devices=f"{len(devices)} x {devices[0].device_kind}",
                       parameters=plan.num_params, flops_per_token=plan.flops_per_token)
 
@@ -172,13 +173,16 @@ def train(config: RunConfig, profile: int = 0) -> Path:
                                  "command again")
 
         def batch_of(step: int, rows: slice) -> dict[str, np.ndarray]:
-            return batches.batch(lineage.batch(step), rows)
+            batch = batches.batch(lineage.batch(step), rows)
+            if config.objective.goldfish.scheduled:
+                batch["step"] = np.full(len(batch["tokens"]), step, np.int32)
+            return batch
 
-        while first < config.steps:
+        while first < steps:
             pending = None  # metrics are fetched one step late, so that the host never makes the device wait
             try:
                 with StopSignals() as stop, jax.transfer_guard("disallow"), \
-                        Loader(batch_of, mesh, config.batch_size, first, config.steps) as loader:
+                        Loader(batch_of, mesh, config.batch_size, first, steps) as loader:
                     for step, batch in phases.each("data", loader):
                         if not compiled:
                             log.say("compiling the train step …")
@@ -197,14 +201,14 @@ def train(config: RunConfig, profile: int = 0) -> Path:
                                 state, metrics = train_step(state, batch)
                             look(pending, loader)
                             pending, phases.step = (done, metrics), done
-                        if profile and done in (first + 2 + profile, config.steps) and done > first + 2:
+                        if profile and done in (first + 2 + profile, steps) and done > first + 2:
                             with meter.paused():
                                 end_profile(metrics, folder / "profile", log)
                             profile = 0
 
                         stops = stop.due(done)
-                        evaluates = config.evals.every and (done % config.evals.every == 0 or done == config.steps)
-                        saves = done % config.checkpoint.every == 0 or done == config.steps or stops
+                        evaluates = config.evals.every and (done % config.evals.every == 0 or done == steps)
+                        saves = done % config.checkpoint.every == 0 or done == steps or stops
                         if evaluates or saves:
                             with phases("step"):
                                 look(pending, loader)  # so that the log is never behind a checkpoint
@@ -216,11 +220,11 @@ def train(config: RunConfig, profile: int = 0) -> Path:
                                 if saves:
                                     with phases("save"):
                                         log.sync()
-                                        checkpoints.save(done, state, meta, last=bool(stops or done == config.steps))
-                        if stops and done < config.steps:
+                                        checkpoints.save(done, state, meta, last=bool(stops or done == steps))
+                        if stops and done < steps:
                             with phases("save"):
                                 checkpoints.wait()
-                            raise Stopped(f"{stop.name}: saved step {done} of {config.steps}; the same command "
+                            raise Stopped(f"{stop.name}: saved step {done} of {steps}; the same command "
                                           "continues", stop.name)
                 break
             except GoBack:
@@ -233,11 +237,11 @@ def train(config: RunConfig, profile: int = 0) -> Path:
             checkpoints.wait()
 
         # ---- The end ----------------------------------------------------------------------------------
-        if first == config.steps and (folder / "summary.json").exists():
+        if first == steps and (folder / "summary.json").exists():
             log.say(f"{folder} is complete at step {first}; nothing to do. Raise --steps to train on.")
         elif is_main:
             phases.write(force=True)
-            say_used(log, batches, lineage.ranges(config.steps))
+            say_used(log, batches, lineage.ranges(steps))
             commands = [f"lmjax generate {folder} --prompt '…'"]
             log.close(summary(read_metrics(folder), folder, commands, goodput(folder)))
     return folder

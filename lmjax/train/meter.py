@@ -56,7 +56,7 @@ class Meter:
             raise DataError(f"step {step}: every target of the batch has weight 0, so there is nothing to learn "
                             "from; look at the data with `lmjax data inspect`, or raise batch_size or "
                             "objective.goldfish.k under another --name")
-        if not in_row and step % self.config.log.every and step not in (1, self.config.steps):
+        if not in_row and step % self.config.log.every and step not in (1, self.config.total_steps):
             return
         now = time.perf_counter()
         seconds = max(now - self.clock - self.idle, 1e-9)

@@ -48,16 +48,29 @@ def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Bat
         f"compute      {config.compute.dtype}, remat {config.compute.remat}, attention {attention} ({why}), "
         f"{'scanned' if scanned else 'unrolled'} layers ({why_scanned})",
         f"data         {batches.rows_per_epoch:,} training rows, "
-        f"{batches.epoch(config.steps):.2f} epochs; tokenizer "
+        f"{batches.epoch(config.total_steps):.2f} epochs; tokenizer "
         f"{corpus.tokenizer.name} ({corpus.tokenizer.vocab_size:,} tokens)",
         *([f"weights      initially those of {config.init_from}"] if config.init_from else []),
-        f"objective    goldfish {goldfish.strategy}"
-        + (f", one target in {goldfish.k} dropped" if goldfish.strategy != "none" else ""),
+        f"objective    goldfish {goldfish.strategy}{goldfish_words(config)}",
         "",
         parameter_table(plan),
         *(f"warning: {text}" for text in ignored(config)),
         "",
     ]))
+
+
+def goldfish_words(config: RunConfig) -> str:
+    """", one target in 4 dropped, from step 100 on, …"; "" without goldfish."""
+    fish = config.objective.goldfish
+    if fish.strategy == "none":
+        return ""
+    words = f", one target in {fish.k} dropped"
+    if fish.anneal_steps:
+        words += f", one in {fish.k_final} after {fish.anneal_steps:,} steps"
+    if fish.start:
+        words += f", nothing in the first {fish.start:,} steps"
+    spared = [str(i) for i, source in enumerate(config.data.sources) if not source.goldfish]
+    return words + (f"; not in data.sources {', '.join(spared)}" if spared else "")
 
 
 def say_used(log: RunLog, batches: Batches, ranges: list[tuple[int, int]]) -> None:
@@ -102,6 +115,7 @@ def dry_run(config: RunConfig, num_devices: int = 0) -> str:
     name = config.data.tokenizer
     size = config.data.bpe_vocab_size if name == "bpe" else load_tokenizer(name).vocab_size
     config = fit_vocabulary(config, name, size)
-    plan = make_plan(config, make_optimizer(config.optim, config.steps)[0], abstract_mesh(config.mesh, num_devices))
+    tx, _ = make_optimizer(config.optim, config.total_steps)
+    plan = make_plan(config, tx, abstract_mesh(config.mesh, num_devices))
     return "\n".join([json.dumps(to_json(config), indent=2), "", describe(plan, config), "",
                       parameter_table(plan)])
