@@ -118,7 +118,12 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, _spec(letters, x.shape, ACTIVATION_RULES, mesh))
+    return jax.lax.with_sharding_constraint(x, activation_spec(letters, x.shape, mesh))
+
+
+def activation_spec(letters: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    """The sharding of an activation by its letters; one entry a dimension."""
+    return _spec(letters, shape, ACTIVATION_RULES, mesh)
 
 
 def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:

@@ -17,6 +17,7 @@ from lmjax.process import keep_compiled_programs, on_huge_pages
 USAGE = """usage: lmjax COMMAND …
 
   train CONFIG.py [--key=value …]   train, or continue, the run that a config describes
+  plan CONFIG --topology T          what a config needs, and how fast it could be, on a machine that is not here
   eval RUN                          held-out loss, perplexity and bits per byte of a run
   score MODEL --text T | --file F   surprisal, entropy and rank of every token, also as a page to read
   analyze loops | positions         where a model loops; loss by position beyond the trained length
@@ -217,6 +218,12 @@ manifest; `list` looks at sizes only. Nothing is changed. Exit code 4 if any is 
     return run(options.run, hashes=options.what == "verify")
 
 
+def run_plan(args: list[str]) -> int:
+    from lmjax.plan.commands import run_plan
+
+    return run_plan(args)
+
+
 def run_chaos(args: list[str]) -> int:
     from lmjax.chaos.commands import run_chaos
 
@@ -243,6 +250,7 @@ def _group(name: str, commands: dict[str, str]) -> Callable[[list[str]], int]:
 COMPUTES = ("train", "eval", "score", "analyze", "generate", "chat", "serve", "export")
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": run_train,
+    "plan": run_plan,
     "eval": run_eval,
     "score": run_score,
     "analyze": run_analyze,

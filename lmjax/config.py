@@ -93,9 +93,10 @@ class RunConfig:
 # ---- checks across fields ------------------------------------------------------------------------------
 
 
-def validate(config: RunConfig, num_devices: int) -> None:
-    """Raises ConfigError with every problem that can be known before data and devices are touched."""
-    c = config
+def validate(config: RunConfig, num_devices: int, platform: str | None = None) -> None:
+    """Raises ConfigError with every problem that can be known before data and devices are touched. platform: "cpu",
+    "gpu" or "tpu", where it is not this process's."""
+    c, platform = config, platform or jax.default_backend()
     bad = []
     for name in ("steps", "batch_size", "seq_len", "accumulate"):
         if not 1 <= getattr(c, name) < 2**31:
@@ -115,10 +116,13 @@ def validate(config: RunConfig, num_devices: int) -> None:
         bad.append(f"objective.goldfish.context={c.objective.goldfish.context}: must be shorter than "
                    f"seq_len={c.seq_len}, or nothing is ever dropped")
     if c.compute.attention == "cudnn":
-        needs = {"an NVIDIA GPU": jax.default_backend() == "gpu",
+        needs = {"an NVIDIA GPU": platform == "gpu",
                  "compute.dtype=bfloat16": c.compute.dtype == "bfloat16",
                  "model.attention_softcap=0": not c.model.attention_softcap}
         bad += [f"compute.attention='cudnn' needs {need}; use 'auto'" for need, met in needs.items() if not met]
+    if c.compute.attention == "splash":
+        needs = {"a TPU": platform == "tpu", "seq_len to be a multiple of 128": c.seq_len % 128 == 0}
+        bad += [f"compute.attention='splash' needs {need}; use 'auto'" for need, met in needs.items() if not met]
     if "://" in c.run_root:
         bad.append(f"run_root={c.run_root!r}: must be a folder of this machine, not an address")
     if c.evals.prompts and c.evals.sample.max_new_tokens >= c.model.max_seq_len:

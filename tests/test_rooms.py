@@ -17,7 +17,7 @@ FLOORS = {
     "models": 2, "loader": 2,
     "state": 3, "checkpoint": 3, "decode": 3, "objectives": 3,
     "config": 4,
-    "step": 5, "evals": 5, "plan": 5, "interop": 5,
+    "step": 5, "evals": 5, "interop": 5, "plan": 5.5,  # between the step that it compiles and the loop that shows it
     "train": 6, "runs": 6, "report": 6,
     "serve": 7, "analyze": 7, "chaos": 7, "watermark": 7,
     "bench": 8,

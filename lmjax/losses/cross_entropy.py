@@ -25,6 +25,10 @@ import jax.numpy as jnp
 from lmjax.axes import constrain
 
 CHUNK_BYTES = 32 * 2**20  # of float32 logits on one device; two or three such arrays live at a time
+# On a mesh a chunk also has at least so many tokens of each device: the gradient of the head is added up over the
+# devices once a chunk, V D floats, and that has to fit behind the chunk's 6 V D FLOPs a token. Peak over links gives
+# 570 (TPU v5p), 730 (v5e) and 1,700 (v6e); docs/planning.md.
+MESH_TOKENS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +155,8 @@ def cross_entropy(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, w
             a.reshape(1, B * T, *a.shape[2:]) for a in (x_BTD, targets_BT, weights_BT))
     rows, length = targets_BT.shape
     columns = max(1, chunk_bytes * devices // (4 * V * rows))
+    if devices > 1:
+        columns = max(columns, min(length, MESH_TOKENS * devices // rows))
     chunks = math.ceil(length / columns)
     pad = -length % chunks
     if pad:

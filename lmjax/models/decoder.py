@@ -123,10 +123,10 @@ class ComputeConfig:
     dtype: of activations and matrix products ("float32" or "bfloat16"); weights, norms, softmax and loss
     stay float32. remat: what the backward pass recomputes: "none" keeps every layer's activations, "full" keeps
     only each block's input, "dots" keeps the outputs of matrix products. attention: "auto", "reference",
-    "blockwise", or "cudnn" (NVIDIA GPUs, bfloat16, no soft-cap). layers: "scan" compiles one layer (or one
-    period of the window pattern) and loops over it, "unroll" compiles them all, which a CPU runs a little
-    faster; "auto" unrolls a few layers on a CPU. deterministic: GPUs give the same bits every time, a little
-    slower (XLA's --xla_gpu_deterministic_ops); TPUs and CPUs always do.
+    "blockwise", "splash" (TPUs, rows of a multiple of 128 tokens), or "cudnn" (NVIDIA GPUs, bfloat16, no
+    soft-cap). layers: "scan" compiles one layer (or one period of the window pattern) and loops over it, "unroll"
+    compiles them all, which a CPU runs a little faster; "auto" unrolls a few layers on a CPU. deterministic: GPUs
+    give the same bits every time, a little slower (XLA's --xla_gpu_deterministic_ops); TPUs and CPUs always do.
     """
 
     dtype: str = "float32"
@@ -136,8 +136,8 @@ class ComputeConfig:
     deterministic: bool = False
 
     def problems(self, prefix: str = "compute") -> list[str]:
-        choices = {"dtype": ("float32", "bfloat16"), "remat": tuple(REMAT),
-                   "attention": ("auto", "reference", "blockwise", "cudnn"), "layers": ("auto", "scan", "unroll")}
+        choices = {"dtype": ("float32", "bfloat16"), "remat": tuple(REMAT), "layers": ("auto", "scan", "unroll"),
+                   "attention": ("auto", "reference", "blockwise", "splash", "cudnn")}
         return [f"{prefix}.{name}={getattr(self, name)!r}: choose one of {', '.join(values)}"
                 for name, values in choices.items() if getattr(self, name) not in values]
 

@@ -36,7 +36,7 @@ def say_preparing(done: Progress) -> None:
 def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Batches, devices) -> None:
     """The card at the start of a run: what runs where, and why."""
     platform_name = devices[0].platform
-    attention, why = choose_attention(config.compute.attention, config.seq_len)
+    attention, why = choose_attention(config.compute.attention, config.seq_len, config.compute.dtype)
     scanned, why_scanned = scan_layers(config.compute.layers, config.model.num_layers)
     peak = flops.peak(devices[0].device_kind, config.compute.dtype)
     mfu = "MFU against its bfloat16 peak" if peak else "MFU n/a: its peak in this dtype is not known"

@@ -46,7 +46,8 @@ def make_plan(config: RunConfig, tx: optax.GradientTransformation, mesh: Mesh | 
     return Plan(mesh, state, per_token)
 
 
-def _bytes_per_device(tree: Any, mesh: Mesh | AbstractMesh) -> int:
+def bytes_per_device(tree: Any, mesh: Mesh | AbstractMesh) -> int:
+    """Of a tree whose leaves are sharded by their names."""
     return sum(math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, s in zip(
         jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh)), strict=True))
 
@@ -71,8 +72,8 @@ def parameter_table(plan: Plan) -> str:
 def describe(plan: Plan, config: RunConfig) -> str:
     """The numbers of a plan, for the start of a run and for --dry-run."""
     tokens = config.batch_size * config.seq_len
-    params = _bytes_per_device(plan.state.params, plan.mesh)
-    moments = _bytes_per_device(plan.state.opt_state, plan.mesh)
+    params = bytes_per_device(plan.state.params, plan.mesh)
+    moments = bytes_per_device(plan.state.opt_state, plan.mesh)
     axes = " x ".join(f"{name}={size}" for name, size in plan.mesh.shape.items())
     return "\n".join([
         f"mesh         {axes} ({plan.mesh.size} device{'s' if plan.mesh.size > 1 else ''})",
