@@ -20,7 +20,7 @@ FLOORS = {
     "step": 5, "evals": 5, "plan": 5, "interop": 5,
     "train": 6, "runs": 6, "report": 6,
     "serve": 7, "analyze": 7, "chaos": 7, "watermark": 7,
-    "bench": 8,
+    "audit": 8, "bench": 8,
     "cli": 9, "__main__": 10,
 }
 NO_JAX = ("errors", "collectives", "process", "lease", "phases", "records", "plain", "log", "data", "report", "cli")
