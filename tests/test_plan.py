@@ -272,7 +272,7 @@ def test_state_alone_may_be_too_large(capsys):
     (["--topology=v5e:16x16", "--stepz=1"], "--steps"), (["--topology=v5e:16x16", "--price=-1"], "--price=-1"),
     (["--topology=v5e:16x16", "--seq_len=1000", "--compute.attention=splash"], "multiple of 128"),
     (["--topology=h100:8", "--compute.attention=splash", "--mesh.fsdp=8"], "needs a TPU"),
-    (["--topology=v5e:16x16", "--slices=2", "--mesh.fsdp=512"], "--slices=2"), ([], "--topology"),
+    (["--topology=v5e:16x16", "--slices=2", "--mesh.fsdp=512"], "2 slices"), ([], "--topology"),
     (["--topology=v5e:16x16", "--mesh.fsdp=96"], "fsdp=96")])
 def test_mistakes_get_a_message(args, words, capsys):
     assert main(["plan", str(LLAMA), *args]) == 2

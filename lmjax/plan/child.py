@@ -40,30 +40,13 @@ def described_devices(asked: dict):
     return topologies.get_topology_desc(platform="tpu", topology_name=asked["topology"], **more).devices
 
 
-def make_mesh(config, devices, slices: int):
-    """The mesh of `lmjax.axes`; of several slices, one whose first axis goes across them."""
-    import jax
-
-    from lmjax import axes
-
-    if slices == 1:
-        return axes.make_mesh(config.mesh, devices)
-    from jax.experimental import mesh_utils
-
-    sizes = list(config.mesh.sizes(len(devices)))
-    across = [1] * len(sizes)
-    sizes[0], across[0] = sizes[0] // slices, slices
-    array = mesh_utils.create_hybrid_device_mesh(sizes, across, devices)
-    return jax.sharding.Mesh(array, axes.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
-
-
 def compile_step(asked: dict, say) -> dict:
     """Figures of the compiled train step; bytes are of one device."""
     began = time.process_time()
     say("importing")
     import jax
 
-    from lmjax.axes import batch_sharding
+    from lmjax.axes import batch_sharding, make_mesh
     from lmjax.checkpoint import abstract
     from lmjax.config import from_json
     from lmjax.models import Decoder
@@ -76,17 +59,17 @@ def compile_step(asked: dict, say) -> dict:
     config = from_json(asked["config"], "config")
     say("describing the machine")
     devices = described_devices(asked)
-    mesh = make_mesh(config, devices, asked["slices"])
+    mesh = make_mesh(config.mesh, devices)
     tx, schedule = make_optimizer(config.optim, config.steps)
     state = make_plan(config, tx, mesh).state
-    placed = shardings(state, mesh)
-    rows, shape = batch_sharding(mesh), (config.batch_size, config.seq_len)
+    placed = shardings(state, mesh, config.mesh.zero1)
+    rows, shape = batch_sharding(mesh, 2, config.seq_len), (config.batch_size, config.seq_len)
     batch = {field: jax.ShapeDtypeStruct(shape, "float32" if field == "weights" else "int32", sharding=rows)
              for field in ("tokens", "targets", "segments", "positions", "weights")}
     step = make_train_step(functools.partial(pretrain.loss, config.objective),
                            graphdef(functools.partial(Decoder, config.model, compute=config.compute)), tx, schedule,
                            seed=config.seed, accumulate=config.accumulate, shardings=placed,
-                           sigmas=config.guard.sigmas)
+                           sigmas=config.guard.sigmas, zero1=config.mesh.zero1)
     say("tracing the train step")
     precision = "highest" if config.compute.dtype == "float32" else "default"
     with jax.set_mesh(mesh), jax.default_matmul_precision(precision):

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from lmjax.axes import MESH_AXES, abstract_mesh
 from lmjax.config import RunConfig, fit_vocabulary, to_json, validate
 from lmjax.data import SourceConfig, load_tokenizer
-from lmjax.errors import ConfigError
 from lmjax.models.decoder import REMAT
 from lmjax.nn.attention import choose_attention
 from lmjax.optim import make_optimizer
@@ -19,6 +18,7 @@ from lmjax.plan.page import Planned
 from lmjax.plan.roofline import efficiencies, step_times
 from lmjax.plan.state import bytes_per_device, make_plan
 from lmjax.plan.work import Split, activation_bytes, analytic
+from lmjax.state import shardings
 
 
 def resolve(config: RunConfig, machine: Machine) -> RunConfig:
@@ -27,7 +27,7 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
     Raises ConfigError with every problem, those of slices among them.
     """
     compute, devices = config.compute, machine.num_devices
-    if compute.attention == "auto":
+    if compute.attention == "auto" and config.mesh.context == 1:
         chosen = choose_attention("auto", config.seq_len, compute.dtype, machine.chip.kind)[0]
         compute = dataclasses.replace(compute, attention=chosen)
     if compute.layers == "auto":
@@ -35,11 +35,7 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
     config = dataclasses.replace(config, compute=compute)
     # A plan needs no data, so sources that are not there yet are no problem of it.
     without_data = dataclasses.replace(config.data, sources=(SourceConfig(),))
-    validate(dataclasses.replace(config, data=without_data), devices, machine.chip.kind)
-    first = config.mesh.sizes(devices)[0]
-    if first % machine.slices:
-        raise ConfigError(f"mesh.{MESH_AXES[0]}={first}: must be a multiple of --slices={machine.slices}, since only "
-                          f"that axis crosses slices; set --mesh.{MESH_AXES[0]}={machine.slices}, and others to fit")
+    validate(dataclasses.replace(config, data=without_data), devices, machine.slices, machine.chip.kind)
     if config.model.vocab_size:
         return config
     name = config.data.tokenizer
@@ -79,7 +75,9 @@ def make(config: RunConfig, machine: Machine, *, compiles: bool = True, price: f
             messages += tuple(m for m in work.messages if m.axis.startswith("data"))
         times = step_times(dataclasses.replace(work, messages=messages), machine)
         second = compiler_seconds(compiled, config, machine, times.network + times.exposed)
-    params, moments = (bytes_per_device(tree, mesh) for tree in (state.state.params, state.state.opt_state))
+    placed = shardings(state.state, mesh, config.mesh.zero1)
+    params, moments = (bytes_per_device(getattr(state.state, part), getattr(placed, part))
+                       for part in ("params", "opt_state"))
     return Planned(config, machine, dict(mesh.shape), state.num_params, params, moments, activations, work, times,
                    compiled, why_not, second, price)
 

@@ -53,12 +53,12 @@ class Trial:
 def candidates(config: RunConfig, machine: Machine) -> Iterator[RunConfig]:
     """Configs with other meshes, batches and remat; those that a mesh cannot divide are for `make` to refuse."""
     devices = machine.num_devices
-    tensors = [t for t in (1, 2, 4, 8, 16) if t <= min(devices, 16)]
-    for tensor in tensors:
-        for fsdp in sorted({devices // tensor, max(devices // tensor // 4, 1), devices // tensor // machine.slices}):
-            if devices % (tensor * fsdp):
+    inside = devices // machine.slices  # only `replica` crosses slices
+    for tensor in (t for t in (1, 2, 4, 8, 16) if t <= inside):
+        for fsdp in sorted({inside // tensor, max(inside // tensor // 4, 1)}):
+            if inside % (tensor * fsdp):
                 continue
-            mesh = dataclasses.replace(MeshConfig(), data=devices // (tensor * fsdp), fsdp=fsdp, tensor=tensor)
+            mesh = MeshConfig(data=inside // (tensor * fsdp), fsdp=fsdp, tensor=tensor, replica=machine.slices)
             for rows in BATCHES:
                 if rows * config.seq_len > 2**17:  # tokens of a device
                     continue
