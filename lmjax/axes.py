@@ -15,18 +15,26 @@ names a mesh axis.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# The order of devices in the mesh: `tensor` varies fastest, so that its traffic, the heaviest, stays
-# between neighbours.
-MESH_AXES = ("data", "fsdp", "tensor")
+# The order of devices in the mesh: `tensor` varies fastest, so that its traffic, the heaviest, stays between
+# neighbours; `replica` varies slowest, so that only its one all-reduce a step crosses a data-centre network.
+MESH_AXES = ("replica", "data", "fsdp", "context", "tensor")
 
-# Letter -> mesh axis (or axes). A letter that is not listed is never split.
-WEIGHT_RULES = {"D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
-ACTIVATION_RULES = {"B": ("data", "fsdp"), "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
+# Letter -> mesh axis (or axes). A letter that is not listed is never split. Weights are split over `context` too: its
+# devices need every weight for their tokens, as those of `fsdp` do, and otherwise each would hold a copy.
+WEIGHT_RULES = {"D": ("fsdp", "context"), "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
+ACTIVATION_RULES = {"B": ("replica", "data", "fsdp"), "T": "context", "N": "tensor", "K": "tensor", "F": "tensor",
+                    "V": "tensor"}
+# Moments of the optimizer under `zero1`. `data` comes last, so that what is gathered after an update is one block of
+# the weight.
+ZERO1_RULES = WEIGHT_RULES | {"D": ("fsdp", "context", "data")}
 
 
 @dataclasses.dataclass
@@ -34,22 +42,29 @@ class MeshConfig:
     """Sizes of the mesh axes. At most one may be -1: it takes the devices that are left.
 
     data: replicas of the weights. fsdp: weights and optimizer state split over this axis, gathered when
-    used (ZeRO-3). tensor: heads, feed-forward and vocabulary split over this axis (Megatron).
+    used (ZeRO-3). tensor: heads, feed-forward and vocabulary split over this axis (Megatron). replica: as data, across
+    slices or hosts that a slower network joins. context: the tokens of each row split over this axis
+    (`lmjax.nn.context`), and weights as over fsdp. zero1: optimizer state split over data, though weights are not
+    (ZeRO, arXiv 1910.02054, section 5.1).
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    replica: int = 1
+    context: int = 1
+    zero1: bool = False
 
     def sizes(self, num_devices: int) -> tuple[int, ...]:
-        """Axis sizes with -1 filled in. Call `problems` first: this one asserts."""
+        """Axis sizes in the order of MESH_AXES, with -1 filled in. Call `problems` first: this one asserts."""
         sizes = [getattr(self, name) for name in MESH_AXES]
         if -1 in sizes:
             sizes[sizes.index(-1)] = num_devices // math.prod(s for s in sizes if s != -1)
         assert math.prod(sizes) == num_devices, (sizes, num_devices)
         return tuple(sizes)
 
-    def problems(self, num_devices: int, prefix: str = "mesh") -> list[str]:
+    def problems(self, num_devices: int, prefix: str = "mesh", slices: int = 1) -> list[str]:
+        """Everything that is wrong with these sizes on so many devices of so many slices, one line each."""
         sizes = {name: getattr(self, name) for name in MESH_AXES}
         bad = [f"{prefix}.{n}={s}: an axis size is at least 1, or -1 for the devices that are left"
                for n, s in sizes.items() if s < 1 and s != -1]
@@ -66,14 +81,40 @@ class MeshConfig:
         if not free and fixed != num_devices:
             return [f"{prefix}: {text} needs {fixed} devices but there are {num_devices}; "
                     f"set one axis to -1 to use what is there"]
-        return []
+        filled = dict(zip(MESH_AXES, self.sizes(num_devices), strict=True))
+        if filled["replica"] % slices:
+            bad.append(f"{prefix}.replica={filled['replica']}: must be a multiple of the {slices} slices, so that no "
+                       f"other axis crosses the network between them; set {prefix}.replica={slices}")
+        return bad
+
+
+def count_slices(devices: Sequence[Any]) -> int:
+    """How many TPU slices these devices are of; 1 for every other kind."""
+    return len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}) or 1
+
+
+def device_grid(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in the shape of the mesh: neighbours of the fast network along the inner axes, and the slices of a
+    TPU, or the processes of GPU hosts where `replica` is a multiple of them, along the outermost one.
+
+    devices: anything with the attributes that `jax.experimental.mesh_utils` looks at.
+    """
+    replica, inner = sizes[0], tuple(sizes[1:])
+    slices = count_slices(devices)
+    processes = len({d.process_index for d in devices}) if devices[0].platform in ("gpu", "cuda", "rocm") else 1
+    groups = slices if slices > 1 else processes
+    if groups > 1 and replica % groups == 0:
+        return mesh_utils.create_hybrid_device_mesh(
+            (replica // groups, *inner), (groups, *(1 for _ in inner)), devices, process_is_granule=slices == 1,
+            allow_split_physical_axes=True)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, devices=devices).devices
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of all devices with the axes of MESH_AXES; axes of size 1 are always present."""
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh(config.sizes(len(devices)), MESH_AXES, devices=devices,
-                         axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(device_grid(config.sizes(len(devices)), devices), MESH_AXES,
+                axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
@@ -82,15 +123,19 @@ def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
                         axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _spec(letters: str, shape: Sequence[int], rules: dict, mesh: Mesh | AbstractMesh) -> P:
-    """The spec of an array; a dimension that its mesh axes do not divide is left whole."""
+def spec(letters: str, shape: Sequence[int], rules: dict, mesh: Mesh | AbstractMesh) -> P:
+    """The spec of an array. Of the axes of a letter, the first ones that together divide the dimension are used."""
     parts = []
     for letter, size in zip(letters, shape, strict=True):
         names = rules.get(letter, ())
-        names = (names,) if isinstance(names, str) else names
-        ways = math.prod(mesh.shape[name] for name in names)
-        parts.append(names if ways > 1 and size % ways == 0 else None)
-    return P(*(part[0] if part and len(part) == 1 else part for part in parts))
+        used, ways = [], 1
+        for name in (names,) if isinstance(names, str) else names:
+            ways *= mesh.shape[name]
+            if size % ways:
+                break
+            used += [name] if mesh.shape[name] > 1 else []
+        parts.append(tuple(used) if len(used) > 1 else used[0] if used else None)
+    return P(*parts)
 
 
 def weight_letters(name: str, ndim: int) -> str:
@@ -101,8 +146,9 @@ def weight_letters(name: str, ndim: int) -> str:
     return letters if ndim == len(letters) else "L" + letters
 
 
-def weight_spec(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
-    """The sharding of a weight (or of its gradient or optimizer moment) by its name.
+def weight_spec(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: dict | None = None) -> P:
+    """The sharding of a weight (or of its gradient or optimizer moment) by its name; rules: WEIGHT_RULES, or a table
+    like it.
 
     Vectors (norm scales, most biases) and anything not named by letters are replicated: they are small, and
     gathering them layer by layer costs more than it saves.
@@ -110,7 +156,7 @@ def weight_spec(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P
     letters = weight_letters(name, len(shape))
     if len(letters.replace("L", "")) < 2:
         return P()
-    return _spec(letters, shape, WEIGHT_RULES, mesh)
+    return spec(letters, shape, rules or WEIGHT_RULES, mesh)
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
@@ -118,12 +164,23 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, _spec(letters, x.shape, ACTIVATION_RULES, mesh))
+    return jax.lax.with_sharding_constraint(x, activation_spec(letters, x.shape, mesh))
 
 
-def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
-    """Rows over the data and fsdp axes, everything else whole."""
-    return NamedSharding(mesh, P(ACTIVATION_RULES["B"], *[None] * (ndim - 1)))
+def activation_spec(letters: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    """The sharding of an activation by its letters; one entry a dimension."""
+    return spec(letters, shape, ACTIVATION_RULES, mesh)
+
+
+def context_ways() -> int:
+    """Into how many parts the mesh that is set splits the tokens of a row; 1 without one."""
+    return jax.sharding.get_abstract_mesh().shape.get("context", 1)
+
+
+def batch_sharding(mesh: Mesh, ndim: int = 2, length: int = 0) -> NamedSharding:
+    """Rows over replica, data and fsdp; tokens over context where it divides a row's length; everything else whole."""
+    tokens = "context" if length and length % mesh.shape["context"] == 0 else None
+    return NamedSharding(mesh, P(ACTIVATION_RULES["B"], *[tokens, *[None] * (ndim - 2)][:ndim - 1]))
 
 
 def batch_ways(mesh: Mesh | AbstractMesh) -> int:

@@ -17,9 +17,11 @@ from lmjax.process import keep_compiled_programs, on_huge_pages
 USAGE = """usage: lmjax COMMAND …
 
   train CONFIG.py [--key=value …]   train, or continue, the run that a config describes
+  plan CONFIG --topology T          what a config needs, and how fast it could be, on a machine that is not here
   eval RUN                          held-out loss, perplexity and bits per byte of a run
   score MODEL --text T | --file F   surprisal, entropy and rank of every token, also as a page to read
   analyze loops | positions         where a model loops; loss by position beyond the trained length
+  audit MODEL --data D --folder O   what a model memorised of given texts, beside a control; also as a page
   generate MODEL --prompt TEXT      continue a text with a trained model
   chat MODEL                        talk with a model in the terminal
   serve MODEL                       an HTTP endpoint like OpenAI's, with continuous batching
@@ -190,6 +192,12 @@ def run_analyze(args: list[str]) -> int:
     return run_analyze(args)
 
 
+def run_audit(args: list[str]) -> int:
+    from lmjax.audit.commands import run_audit
+
+    return run_audit(args)
+
+
 def run_report(args: list[str]) -> int:
     from lmjax.report import run_report
 
@@ -225,6 +233,12 @@ def run_reproduce(args: list[str]) -> int:
     return run_reproduce(args)
 
 
+def run_plan(args: list[str]) -> int:
+    from lmjax.plan.commands import run_plan
+
+    return run_plan(args)
+
+
 def run_chaos(args: list[str]) -> int:
     from lmjax.chaos.commands import run_chaos
 
@@ -248,12 +262,14 @@ def _group(name: str, commands: dict[str, str]) -> Callable[[list[str]], int]:
     return run
 
 
-COMPUTES = ("train", "eval", "score", "analyze", "generate", "chat", "serve", "export")
+COMPUTES = ("train", "eval", "score", "analyze", "audit", "generate", "chat", "serve", "export")
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": run_train,
+    "plan": run_plan,
     "eval": run_eval,
     "score": run_score,
     "analyze": run_analyze,
+    "audit": run_audit,
     "generate": run_generate,
     "chat": run_chat,
     "serve": run_serve,

@@ -33,6 +33,7 @@ from lmjax.guard import GuardConfig
 from lmjax.log import LogConfig
 from lmjax.losses.goldfish import GoldfishConfig, equal_steps
 from lmjax.models import ComputeConfig, DecoderConfig, RopeScaling, preset
+from lmjax.nn.context import context_problem
 from lmjax.objectives.pretrain import PretrainConfig
 from lmjax.optim import OptimConfig
 from lmjax.phases import LimitsConfig
@@ -105,9 +106,10 @@ class RunConfig:
 # ---- checks across fields ------------------------------------------------------------------------------
 
 
-def validate(config: RunConfig, num_devices: int) -> None:
-    """Raises ConfigError with every problem that can be known before data and devices are touched."""
-    c = config
+def validate(config: RunConfig, num_devices: int, slices: int = 1, platform: str | None = None) -> None:
+    """Raises ConfigError with every problem that can be known before data and devices are touched. slices: of TPUs,
+    that the devices are of. platform: "cpu", "gpu" or "tpu", where it is not this process's."""
+    c, platform = config, platform or jax.default_backend()
     bad = []
     for name in ("steps", "batch_size", "seq_len", "accumulate"):
         if not 1 <= getattr(c, name) < 2**31:
@@ -116,7 +118,7 @@ def validate(config: RunConfig, num_devices: int) -> None:
         bad.append(f"seed={c.seed}: must be from 0 to 2^32 - 1")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.name):
         bad.append(f"name={c.name!r}: it names a folder; use letters, digits, '.', '_' and '-'")
-    mesh_problems = c.mesh.problems(num_devices)
+    mesh_problems = c.mesh.problems(num_devices, slices=slices)
     bad += (c.model.problems() + c.compute.problems() + c.objective.problems() + c.data.problems("data.")
             + c.optim.problems(c.steps) + mesh_problems + c.evals.problems() + c.checkpoint.problems()
             + c.log.problems("log") + c.guard.problems() + c.limits.problems())
@@ -127,10 +129,13 @@ def validate(config: RunConfig, num_devices: int) -> None:
         bad.append(f"objective.goldfish.context={c.objective.goldfish.context}: must be shorter than "
                    f"seq_len={c.seq_len}, or nothing is ever dropped")
     if c.compute.attention == "cudnn":
-        needs = {"an NVIDIA GPU": jax.default_backend() == "gpu",
+        needs = {"an NVIDIA GPU": platform == "gpu",
                  "compute.dtype=bfloat16": c.compute.dtype == "bfloat16",
                  "model.attention_softcap=0": not c.model.attention_softcap}
         bad += [f"compute.attention='cudnn' needs {need}; use 'auto'" for need, met in needs.items() if not met]
+    if c.compute.attention == "splash":
+        needs = {"a TPU": platform == "tpu", "seq_len to be a multiple of 128": c.seq_len % 128 == 0}
+        bad += [f"compute.attention='splash' needs {need}; use 'auto'" for need, met in needs.items() if not met]
     if "://" in c.run_root:
         bad.append(f"run_root={c.run_root!r}: must be a folder of this machine, not an address")
     if c.evals.prompts and c.evals.sample.max_new_tokens >= c.model.max_seq_len:
@@ -152,7 +157,7 @@ def _mesh_problems(c: RunConfig, num_devices: int) -> list[str]:
     model, ways = c.model.filled(), batch_ways(mesh)
     bad = []
     if c.batch_size > 0 and c.accumulate > 0 and c.batch_size % (ways * c.accumulate):
-        bad.append(f"batch_size={c.batch_size} must be a multiple of {ways * c.accumulate}: data x fsdp = "
+        bad.append(f"batch_size={c.batch_size} must be a multiple of {ways * c.accumulate}: replica x data x fsdp = "
                    f"{ways} parts x accumulate={c.accumulate} micro-batches")
     for axis, sizes in (("tensor", {"num_heads": model.num_heads, "d_ff": model.d_ff}),
                         ("fsdp", {"d_model": model.d_model})):
@@ -160,6 +165,12 @@ def _mesh_problems(c: RunConfig, num_devices: int) -> list[str]:
             if size % mesh.shape[axis]:
                 bad.append(f"mesh.{axis}={mesh.shape[axis]} does not divide model.{name}={size}; "
                            "choose sizes that do")
+    context = mesh.shape["context"]
+    if c.seq_len > 0 and (problem := context_problem(c.seq_len, context)):
+        bad.append(problem)
+    if context > 1 and c.compute.attention in ("reference", "splash", "cudnn"):
+        bad.append(f"compute.attention={c.compute.attention!r} does not split rows over mesh.context={context}; use "
+                   "'auto', or mesh.context=1")
     return bad
 
 
@@ -195,6 +206,10 @@ def ignored(c: RunConfig) -> list[str]:
         found.append("model.rope_scaling has no effect: no layer without a window has rotary positions")
     if c.optim.schedule != "wsd" and c.optim.decay_fraction != OptimConfig().decay_fraction:
         found.append(f"optim.decay_fraction has no effect with schedule={c.optim.schedule!r}")
+    if c.compute.context != "auto" and c.mesh.context == 1:
+        found.append(f"compute.context={c.compute.context!r} has no effect with mesh.context=1")
+    if c.mesh.zero1 and c.mesh.data == 1:
+        found.append("mesh.zero1 has no effect with mesh.data=1: there is nothing to split the optimizer's state over")
     if not c.evals.every and c.evals.prompts:
         found.append("evals.prompts have no effect with evals.every=0")
     return found

@@ -27,13 +27,13 @@ def local_rows(mesh: Mesh, batch_size: int) -> slice:
 
 
 def to_global(local: dict[str, np.ndarray], rows: slice, mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
-    """This host's rows as part of global arrays."""
+    """This host's rows as part of global arrays [B, T, …]."""
     def place(x: np.ndarray) -> jax.Array:
         shape = (batch_size, *x.shape[1:])
         def shard(index):
             start, stop, _ = index[0].indices(batch_size)
-            return x[start - rows.start:stop - rows.start]
-        return jax.make_array_from_callback(shape, batch_sharding(mesh, x.ndim), shard)
+            return x[(slice(start - rows.start, stop - rows.start), *index[1:])]
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, x.ndim, *x.shape[1:2]), shard)
     return {name: place(x) for name, x in local.items()}
 
 

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from lmjax.axes import weight_spec
+from lmjax.axes import WEIGHT_RULES, ZERO1_RULES, weight_spec
 from lmjax.guard import GuardConfig, GuardState, fresh_guard
 from lmjax.tree import map_with_name
 
@@ -30,11 +30,13 @@ class TrainState:
     guard: GuardState
 
 
-def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, zero1: bool = False) -> Any:
     """A NamedSharding for every leaf, by the last part of its name: moments and gradients carry the names
-    of their weights, so they are split like them."""
-    return map_with_name(
-        lambda name, leaf: NamedSharding(mesh, weight_spec(name.rpartition("/")[2], leaf.shape, mesh)), tree)
+    of their weights, so they are split like them. zero1: what is below `opt_state/` is split over data too."""
+    def place(name, leaf):
+        rules = ZERO1_RULES if zero1 and name.startswith("opt_state/") else WEIGHT_RULES
+        return NamedSharding(mesh, weight_spec(name.rpartition("/")[2], leaf.shape, mesh, rules))
+    return map_with_name(place, tree)
 
 
 def make_init(build: Callable[[jax.Array], nnx.Module], tx: optax.GradientTransformation,

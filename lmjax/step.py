@@ -14,10 +14,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lmjax.axes import constrain
+from lmjax.axes import WEIGHT_RULES, ZERO1_RULES, constrain, weight_spec
 from lmjax.guard import judge
 from lmjax.state import TrainState
-from lmjax.tree import global_norm
+from lmjax.tree import global_norm, map_with_name
 
 Loss = Callable[[nnx.Module, dict[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array, dict]]
 
@@ -26,20 +26,36 @@ def _micro_batches(batch: dict[str, jax.Array], accumulate: int) -> dict[str, ja
     """[B, T] -> [A, B / A, T]. Micro-batch a takes rows a, a + A, …, so each device keeps its own rows."""
     def split(x):
         x = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:])
-        return jnp.moveaxis(constrain(x, "B" + "_" * (x.ndim - 1)), 1, 0)
+        return jnp.moveaxis(constrain(x, ("B_T" + "_" * x.ndim)[:x.ndim]), 1, 0)
     return jax.tree.map(split, batch)
 
 
+def _split_gradients(grads: Any, zero1: bool) -> Any:
+    """Gradients split like their weights, or like the optimizer's moments; as they are outside a mesh.
+
+    Said rather than left to the compiler, which may keep the sums of a scan over micro-batches whole on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return grads
+    rules = ZERO1_RULES if zero1 else WEIGHT_RULES
+    return map_with_name(lambda name, g: jax.lax.with_sharding_constraint(
+        g, weight_spec(name.rpartition("/")[2], g.shape, mesh, rules)), grads)
+
+
 def gradient_sums(loss: Loss, graphdef: nnx.GraphDef, params: Any, batch: dict[str, jax.Array],
-                  key: jax.Array, accumulate: int = 1) -> tuple[Any, jax.Array, dict]:
-    """(sum of gradients, sum of weights, {metric: (sum, weight)}) over the batch, all in float32."""
+                  key: jax.Array, accumulate: int = 1, zero1: bool = False) -> tuple[Any, jax.Array, dict]:
+    """(sum of gradients, sum of weights, {metric: (sum, weight)}) over the batch, all in float32.
+
+    Gradients are split over the mesh like their weights; with zero1 over data too, like the optimizer's moments.
+    """
 
     def micro(batch, key):
         def total(params):
             value, weight, metrics = loss(nnx.merge(graphdef, params), batch, key)
             return value, (weight, metrics)
         grads, (weight, metrics) = jax.grad(total, has_aux=True)(params)
-        return grads, weight, metrics
+        return _split_gradients(grads, zero1), weight, metrics
 
     if accumulate == 1:
         return micro(batch, key)
@@ -50,7 +66,8 @@ def gradient_sums(loss: Loss, graphdef: nnx.GraphDef, params: Any, batch: dict[s
 
     parts = _micro_batches(batch, accumulate)
     shapes = jax.eval_shape(micro, jax.tree.map(lambda x: x[0], parts), key)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    grads, *sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = (_split_gradients(grads, zero1), *sums)
     return jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))[0]
 
 
@@ -63,17 +80,19 @@ def _where(good: jax.Array, new: Any, old: Any) -> Any:
 
 def make_train_step(loss: Loss, graphdef: nnx.GraphDef, tx: optax.GradientTransformation,
                     schedule: optax.Schedule, *, seed: int, accumulate: int, shardings: TrainState,
-                    sigmas: float = 0.0) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict]]:
+                    sigmas: float = 0.0, zero1: bool = False
+                    ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict]]:
     """train_step(state, batch) -> (state, metrics); `state` is donated.
 
     metrics maps a name to (sum, weight), float32 scalars on every device: the value is sum / weight.
     A batch whose weights are all zero gives zero gradients, not NaN. An update that `lmjax.guard` calls bad is not
-    made: weights and moments stay, the step and the learning rate's schedule go on.
+    made: weights and moments stay, the step and the learning rate's schedule go on. zero1: `shardings` splits the
+    moments over data; then gradients are scattered there, each device updates its part, and new weights are gathered.
     """
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, weight, metrics = gradient_sums(loss, graphdef, state.params, batch, key, accumulate)
+        grads, weight, metrics = gradient_sums(loss, graphdef, state.params, batch, key, accumulate, zero1)
         grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-8), grads)
         norm = global_norm(grads)
         total, share = metrics["loss"]

@@ -44,7 +44,7 @@ def save(folder, state, steps=(1,), **config):
 def test_restores_on_any_mesh_bit_for_bit(state, tmp_path):
     save(tmp_path, state)
     right = named_leaves(jax.device_get(state))
-    for sizes in ((2, 2, 2), (1, 1, 1), (1, 4, 1), (1, 2, 4)):
+    for sizes in ((2, 2, 2), (1, 1, 1), (1, 4, 1), (1, 2, 4), (1, 1, 1, 2, 4), (1, 2, 1, 2, 2)):
         with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
             restored, meta = checkpoints.restore_latest(like(state, sizes), META)
         assert meta["step"] == 1

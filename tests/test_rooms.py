@@ -11,19 +11,21 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Room -> floor. A file may import its own room, and rooms of lower floors.
 FLOORS = {
-    "errors": 0, "axes": 0, "tree": 0, "process": 0, "hashing": 0, "hosts": 1, "records": 1, "lease": 1, "phases": 1,
-    "guard": 1, "plain": 1,
+    "errors": 0, "axes": 0, "collectives": 0, "tree": 0, "process": 0, "hashing": 0, "hosts": 1, "records": 1,
+    "lease": 1, "phases": 1, "guard": 1, "plain": 1,
     "nn": 1, "losses": 1, "data": 1, "optim": 1, "flops": 1, "log": 2,
     "models": 2, "loader": 2,
     "state": 3, "checkpoint": 3, "decode": 3, "objectives": 3,
     "config": 4,
-    "step": 5, "evals": 5, "plan": 5, "interop": 5,
+    "step": 5, "evals": 5, "interop": 5, "plan": 5.5,  # between the step that it compiles and the loop that shows it
     "train": 6, "runs": 6, "report": 6,
-    "serve": 7, "analyze": 7, "chaos": 7, "watermark": 7, "reproduce": 7,
-    "bench": 8,
-    "cli": 9, "__main__": 10,
+    "serve": 7, "analyze": 7, "chaos": 7, "watermark": 7,
+    "audit": 8, "bench": 8,
+    "reproduce": 9,
+    "cli": 10, "__main__": 11,
 }
-NO_JAX = ("errors", "process", "hashing", "lease", "phases", "records", "plain", "log", "data", "report", "cli")
+NO_JAX = ("errors", "collectives", "process", "hashing", "lease", "phases", "records", "plain", "log", "data", "report",
+          "cli")
 
 
 def room(path: Path) -> str:

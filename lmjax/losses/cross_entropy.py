@@ -22,9 +22,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lmjax.axes import constrain
+from lmjax.axes import constrain, context_ways
 
 CHUNK_BYTES = 32 * 2**20  # of float32 logits on one device; two or three such arrays live at a time
+# On a mesh a chunk also has at least so many tokens of each device: the gradient of the head is added up over the
+# devices once a chunk, V D floats, and that has to fit behind the chunk's 6 V D FLOPs a token. Peak over links gives
+# 570 (TPU v5p), 730 (v5e) and 1,700 (v6e); docs/planning.md.
+MESH_TOKENS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,40 +98,49 @@ def _gradient_chunk(head_VD, terms: _Terms, carry, chunk):
     return (total + weighted_sum(loss_BT, weights), dhead_DV + dhead), (nll_BT, constrain(dx, "BTD"))
 
 
-def _split(a: jax.Array, chunks: int) -> jax.Array:
-    """[B, T, …] -> [chunks, B, T / chunks, …]; rows, which are split over devices, are never cut."""
+def _split(a: jax.Array, chunks: int, ways: int = 1) -> jax.Array:
+    """[B, T, …] -> [chunks, B, T / chunks, …]; rows, which are split over devices, are never cut. Where tokens
+    are split too, `ways` ways, each chunk has as many of every device, so that all work on all chunks."""
     B, T, *rest = a.shape
-    return jnp.moveaxis(a.reshape(B, chunks, T // chunks, *rest), 1, 0)
+    a = a.reshape(B, ways, chunks, T // (ways * chunks), *rest)
+    return jnp.moveaxis(a, 2, 0).reshape(chunks, B, T // chunks, *rest)
 
 
-def _join(a: jax.Array) -> jax.Array:
+def _join(a: jax.Array, ways: int = 1) -> jax.Array:
     """The inverse of _split."""
     chunks, B, t, *rest = a.shape
-    return jnp.moveaxis(a, 0, 1).reshape(B, chunks * t, *rest)
+    return jnp.moveaxis(a.reshape(chunks, B, ways, t // ways, *rest), 0, 2).reshape(B, chunks * t, *rest)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _chunked(x_BTD, head_VD, targets_BT, weights_BT, terms, chunks):
-    parts = tuple(_split(a, chunks) for a in (x_BTD, targets_BT, weights_BT))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _chunked(x_BTD, head_VD, targets_BT, weights_BT, terms, chunks, ways):
+    parts = tuple(_split(a, chunks, ways) for a in (x_BTD, targets_BT, weights_BT))
     total, nll = jax.lax.scan(functools.partial(_forward_chunk, head_VD, terms), jnp.float32(0), parts)
-    return total, _join(nll)
+    return total, _join(nll, ways)
 
 
-def _chunked_fwd(x_BTD, head_VD, targets_BT, weights_BT, terms, chunks):
-    parts = tuple(_split(a, chunks) for a in (x_BTD, targets_BT, weights_BT))
+def _chunked_fwd(x_BTD, head_VD, targets_BT, weights_BT, terms, chunks, ways):
+    parts = tuple(_split(a, chunks, ways) for a in (x_BTD, targets_BT, weights_BT))
     start = (jnp.float32(0), jnp.zeros(head_VD.T.shape, jnp.float32))
     (total, dhead), (nll, dx) = jax.lax.scan(
         functools.partial(_gradient_chunk, head_VD, terms), start, parts)
-    return (total, _join(nll)), (_join(dx), dhead.T.astype(head_VD.dtype), weights_BT)
+    return (total, _join(nll, ways)), (_join(dx, ways), dhead.T.astype(head_VD.dtype), weights_BT)
 
 
-def _chunked_bwd(terms, chunks, residuals, cotangents):
+def _chunked_bwd(terms, chunks, ways, residuals, cotangents):
     dx, dhead, weights = residuals
     scale = cotangents[0]
     return (dx * scale.astype(dx.dtype), dhead * scale.astype(dhead.dtype), None, jnp.zeros_like(weights))
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
+
+
+def _pad(a: jax.Array, ways: int, pad: int) -> jax.Array:
+    """[B, T, …] with `pad` zeros after each of the `ways` parts of T."""
+    B, T, *rest = a.shape
+    widths = [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * len(rest)
+    return jnp.pad(a.reshape(B, ways, T // ways, *rest), widths).reshape(B, T + ways * pad, *rest)
 
 
 def cross_entropy(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *,
@@ -151,14 +164,18 @@ def cross_entropy(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, w
             a.reshape(1, B * T, *a.shape[2:]) for a in (x_BTD, targets_BT, weights_BT))
     rows, length = targets_BT.shape
     columns = max(1, chunk_bytes * devices // (4 * V * rows))
-    chunks = math.ceil(length / columns)
+    if devices > 1:
+        columns = max(columns, min(length, MESH_TOKENS * devices // rows))
+    ways = context_ways() if T % context_ways() == 0 else 1
+    length //= ways  # of the part of a row that a device holds
+    chunks = min(math.ceil(length * ways / columns), length)
     pad = -length % chunks
     if pad:
-        x_BTD, targets_BT, weights_BT = (
-            jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2)) for a in (x_BTD, targets_BT, weights_BT))
+        x_BTD, targets_BT, weights_BT = (_pad(a, ways, pad) for a in (x_BTD, targets_BT, weights_BT))
     total, nll_BT = _chunked(x_BTD, head_VD, targets_BT, weights_BT,
-                             _Terms(z_loss, label_smoothing, softcap), chunks)
-    return total, jax.lax.stop_gradient(nll_BT[:, :length].reshape(B, T))
+                             _Terms(z_loss, label_smoothing, softcap), chunks, ways)
+    nll_BT = nll_BT.reshape(rows, ways, length + pad)[:, :, :length].reshape(B, T)
+    return total, jax.lax.stop_gradient(nll_BT)
 
 
 def naive_cross_entropy(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array,

@@ -24,6 +24,7 @@ from lmjax.axes import constrain
 from lmjax.models import cached
 from lmjax.nn.attention import self_attention
 from lmjax.nn.cache import Cache, CacheConfig
+from lmjax.nn.context import choose_context, context_attention, from_zigzag, split_ways, to_zigzag
 from lmjax.nn.linear import project
 from lmjax.nn.mlp import ACTIVATIONS, feed_forward
 from lmjax.nn.norm import layer_norm, rms_norm
@@ -123,21 +124,25 @@ class ComputeConfig:
     dtype: of activations and matrix products ("float32" or "bfloat16"); weights, norms, softmax and loss
     stay float32. remat: what the backward pass recomputes: "none" keeps every layer's activations, "full" keeps
     only each block's input, "dots" keeps the outputs of matrix products. attention: "auto", "reference",
-    "blockwise", or "cudnn" (NVIDIA GPUs, bfloat16, no soft-cap). layers: "scan" compiles one layer (or one
-    period of the window pattern) and loops over it, "unroll" compiles them all, which a CPU runs a little
-    faster; "auto" unrolls a few layers on a CPU. deterministic: GPUs give the same bits every time, a little
-    slower (XLA's --xla_gpu_deterministic_ops); TPUs and CPUs always do.
+    "blockwise", "splash" (TPUs, rows of a multiple of 128 tokens), or "cudnn" (NVIDIA GPUs, bfloat16, no
+    soft-cap). layers: "scan" compiles one layer (or one period of the window pattern) and loops over it, "unroll"
+    compiles them all, which a CPU runs a little faster; "auto" unrolls a few layers on a CPU. context: where
+    mesh.context splits rows, "gather" brings the keys of a whole row to every device, "ring" sends them round; "auto"
+    is the ring from 131,072 tokens a row on. deterministic: GPUs give the same bits every time, a little slower (XLA's
+    --xla_gpu_deterministic_ops); TPUs and CPUs always do.
     """
 
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
     layers: str = "auto"
+    context: str = "auto"
     deterministic: bool = False
 
     def problems(self, prefix: str = "compute") -> list[str]:
         choices = {"dtype": ("float32", "bfloat16"), "remat": tuple(REMAT),
-                   "attention": ("auto", "reference", "blockwise", "cudnn"), "layers": ("auto", "scan", "unroll")}
+                   "attention": ("auto", "reference", "blockwise", "splash", "cudnn"),
+                   "layers": ("auto", "scan", "unroll"), "context": ("auto", "gather", "ring")}
         return [f"{prefix}.{name}={getattr(self, name)!r}: choose one of {', '.join(values)}"
                 for name, values in choices.items() if getattr(self, name) not in values]
 
@@ -321,14 +326,21 @@ class Decoder(nnx.Module):
         """
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        c = self.config
+        c, T = self.config, tokens_BT.shape[1]
+        ways = split_ways(T)  # of a row's tokens over the mesh; the layers then see them in another order
+        if ways > 1:
+            tokens_BT, segments_BT, positions_BT = to_zigzag((tokens_BT, segments_BT, positions_BT), ways)
 
         def attend(q, k, v, window):
-            return self_attention(q, k, v, segments_BT, scale=c.query_scale, softcap=c.attention_softcap,
-                                  window=window, implementation=self.compute.attention), None
+            terms = {"scale": c.query_scale, "softcap": c.attention_softcap, "window": window}
+            if ways > 1:
+                method, _ = choose_context(self.compute.context, T)
+                return context_attention(q, k, v, segments_BT, ways=ways, method=method, **terms), None
+            return self_attention(q, k, v, segments_BT, implementation=self.compute.attention, **terms), None
 
         x_BTD, _ = self._blocks(self._embed(tokens_BT, positions_BT), positions_BT, lambda _: attend, None)
-        return self.final_norm(x_BTD)
+        x_BTD = self.final_norm(x_BTD)
+        return from_zigzag(x_BTD, ways) if ways > 1 else x_BTD
 
     def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None,
                  positions_BT: jax.Array | None = None) -> jax.Array:

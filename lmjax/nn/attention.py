@@ -1,4 +1,5 @@
-"""Softmax attention: one reference, one blockwise form that gives the same numbers in less memory, and cuDNN's.
+"""Softmax attention: one reference, one blockwise form that gives the same numbers in less memory, cuDNN's, and the
+TPU's kernel (`lmjax.nn.splash`).
 
 All take grouped queries (N = K G heads), segment ids (packed documents never see each other), a sliding
 window and a soft-cap. Projections and position embeddings live in `lmjax.models.decoder`.
@@ -100,10 +101,16 @@ def cudnn_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, seg
         local_window_size=(window - 1, 0) if window else None, implementation=implementation)
 
 
-def choose_attention(implementation: str, seq_len: int) -> tuple[str, str]:
-    """(implementation, reason): what "auto" means here, in words for the start of a run."""
+def choose_attention(implementation: str, seq_len: int, dtype: str = "float32",
+                     platform: str | None = None) -> tuple[str, str]:
+    """(implementation, reason): what "auto" means on a platform (default: this process's), in words for the start of
+    a run. dtype: of queries and keys."""
+    if implementation == "splash" and seq_len % 128:  # a prompt, say; rows of a run are checked beforehand
+        return "blockwise", f"rows of {seq_len} tokens are no multiple of 128, which splash needs"
     if implementation != "auto":
         return implementation, "set by compute.attention"
+    if (platform or jax.default_backend()) == "tpu" and dtype == "bfloat16" and seq_len % 128 == 0:
+        return "splash", "the TPU's kernel: scores never reach the memory"
     if seq_len >= 256:
         return "blockwise", f"rows of {seq_len} tokens: skips the masked half, keeps no scores"
     return "reference", f"rows of {seq_len} tokens fit whole"
@@ -115,8 +122,12 @@ def self_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segm
     q_BTNH, k_BTKH, v_BTKH = (constrain(q_BTNH, "BTNH"), constrain(k_BTKH, "BTKH"),
                               constrain(v_BTKH, "BTKH"))
     T = q_BTNH.shape[1]
-    implementation, _ = choose_attention(implementation, T)
-    if implementation == "cudnn":
+    implementation, _ = choose_attention(implementation, T, q_BTNH.dtype.name)
+    if implementation == "splash":
+        from lmjax.nn.splash import splash_attention  # only here: Pallas takes long to import, and few need it
+
+        out = splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale=scale, softcap=softcap, window=window)
+    elif implementation == "cudnn":
         out = cudnn_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale=scale, window=window)
     elif implementation == "blockwise":
         out = blockwise_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale=scale, softcap=softcap,

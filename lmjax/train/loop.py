@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from lmjax import hosts
-from lmjax.axes import make_mesh
+from lmjax.axes import count_slices, make_mesh
 from lmjax.checkpoint import Checkpoints, abstract, save_json, versions
 from lmjax.config import RunConfig, fit_vocabulary, from_json, protection, to_json, validate
 from lmjax.data import Batches, Corpus, prepare_all, validation_batches
@@ -55,7 +55,7 @@ def train(config: RunConfig, profile: int = 0) -> Path:
         with phases("connect"):
             hosts.start(config.limits.connect or 300.0)
             devices = jax.devices()
-        validate(config, len(devices))
+        validate(config, len(devices), count_slices(devices))
         steps = config.total_steps
         is_main = hosts.is_main()
         folder = config.folder
@@ -90,7 +90,7 @@ def train(config: RunConfig, profile: int = 0) -> Path:
         # ---- State: restored, or born on the mesh -----------------------------------------------------
         meta = {"config": to_json(config), "versions": versions(), "corpus": corpus_fingerprints(corpus)}
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint))
-        placed = shardings(plan.state, mesh)
+        placed = shardings(plan.state, mesh, config.mesh.zero1)
         like = abstract(plan.state, placed)
         with phases("restore"):
             restored = checkpoints.restore_latest(like, meta, renew=renew)
@@ -131,7 +131,7 @@ def train(config: RunConfig, profile: int = 0) -> Path:
         # ---- The two compiled programs ----------------------------------------------------------------
         loss = functools.partial(pretrain.loss, config.objective)
         train_step = make_train_step(loss, model_def, tx, schedule, seed=config.seed, accumulate=config.accumulate,
-                                     shardings=placed, sigmas=config.guard.sigmas)
+                                     shardings=placed, sigmas=config.guard.sigmas, zero1=config.mesh.zero1)
         compiled = False
         eval_step = make_eval_step(model_def, np.pad(
             tokenizer.token_bytes(), (0, config.model.vocab_size - tokenizer.vocab_size)))

@@ -15,6 +15,7 @@ from lmjax.data import Batches, Corpus, Progress, load_tokenizer
 from lmjax.log import RunLog, format_count
 from lmjax.models.decoder import scan_layers
 from lmjax.nn.attention import choose_attention
+from lmjax.nn.context import choose_context
 from lmjax.optim import make_optimizer
 from lmjax.plan import describe, make_plan, parameter_table
 
@@ -36,7 +37,9 @@ def say_preparing(done: Progress) -> None:
 def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Batches, devices) -> None:
     """The card at the start of a run: what runs where, and why."""
     platform_name = devices[0].platform
-    attention, why = choose_attention(config.compute.attention, config.seq_len)
+    split = plan.mesh.shape["context"] > 1
+    attention, why = (choose_context(config.compute.context, config.seq_len) if split else
+                      choose_attention(config.compute.attention, config.seq_len, config.compute.dtype))
     scanned, why_scanned = scan_layers(config.compute.layers, config.model.num_layers)
     peak = flops.peak(devices[0].device_kind, config.compute.dtype)
     mfu = "MFU against its bfloat16 peak" if peak else "MFU n/a: its peak in this dtype is not known"

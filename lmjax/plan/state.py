@@ -47,9 +47,10 @@ def make_plan(config: RunConfig, tx: optax.GradientTransformation, mesh: Mesh | 
     return Plan(mesh, state, per_token)
 
 
-def _bytes_per_device(tree: Any, mesh: Mesh | AbstractMesh) -> int:
+def bytes_per_device(tree: Any, placed: Any) -> int:
+    """Of a tree whose leaves have the shardings of the tree `placed`."""
     return sum(math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, s in zip(
-        jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh)), strict=True))
+        jax.tree.leaves(tree), jax.tree.leaves(placed), strict=True))
 
 
 def parameter_table(plan: Plan) -> str:
@@ -60,7 +61,7 @@ def parameter_table(plan: Plan) -> str:
         shard = math.prod(placed[name].shard_shape(leaf.shape)) * leaf.dtype.itemsize
         split = ", ".join("·" if s is None else "+".join(s) if isinstance(s, tuple) else s
                           for s in placed[name].spec)
-        whole = all(s is None or plan.mesh.shape[s] == 1 for s in placed[name].spec)
+        whole = all(s is None for s in placed[name].spec)
         rows.append((name, " x ".join(map(str, leaf.shape)), "replicated" if whole else f"({split})",
                      f"{math.prod(leaf.shape):,}", format_bytes(shard)))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
@@ -83,13 +84,15 @@ def supervised(config: RunConfig) -> list[str]:
 def describe(plan: Plan, config: RunConfig) -> str:
     """The numbers of a plan, for the start of a run and for --dry-run."""
     tokens = config.batch_size * config.seq_len
-    params = _bytes_per_device(plan.state.params, plan.mesh)
-    moments = _bytes_per_device(plan.state.opt_state, plan.mesh)
+    placed = shardings(plan.state, plan.mesh, config.mesh.zero1)
+    params = bytes_per_device(plan.state.params, placed.params)
+    moments = bytes_per_device(plan.state.opt_state, placed.opt_state)
     axes = " x ".join(f"{name}={size}" for name, size in plan.mesh.shape.items())
     return "\n".join([
         f"mesh         {axes} ({plan.mesh.size} device{'s' if plan.mesh.size > 1 else ''})",
         f"parameters   {plan.num_params:,} ({format_count(plan.num_params)}), float32",
-        f"state/device {format_bytes(params)} weights + {format_bytes(moments)} optimizer "
+        f"state/device {format_bytes(params)} weights + {format_bytes(moments)} optimizer"
+        f"{' (split over data, ZeRO-1)' if config.mesh.zero1 else ''} "
         f"+ {format_bytes(params)} gradients; activations come on top",
         f"batch        {config.batch_size} rows x {config.seq_len} = {tokens:,} tokens a step, "
         f"{format_count(tokens * config.total_steps)} in {config.total_steps:,} steps",
