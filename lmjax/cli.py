@@ -29,6 +29,7 @@ USAGE = """usage: lmjax COMMAND …
   bench train | step | …            how fast this is, beside others and beside the hardware
   checkpoint verify | list RUN      are a run's checkpoints what was written?
   chaos                             break runs on this machine, and see whether they come through
+  reproduce NAME                    experiments on memorisation, each ending in a table and a figure
   data prepare | inspect            turn a corpus into token shards; look into them
   tokenizer train | show            train a byte-level BPE; look into a tokenizer
 
@@ -217,6 +218,12 @@ manifest; `list` looks at sizes only. Nothing is changed. Exit code 4 if any is 
     return run(options.run, hashes=options.what == "verify")
 
 
+def run_reproduce(args: list[str]) -> int:
+    from lmjax.reproduce.commands import run_reproduce
+
+    return run_reproduce(args)
+
+
 def run_chaos(args: list[str]) -> int:
     from lmjax.chaos.commands import run_chaos
 
@@ -255,6 +262,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": run_bench,
     "checkpoint": run_checkpoint,
     "chaos": run_chaos,
+    "reproduce": run_reproduce,
     "data": _group("data", {"prepare": "run_prepare", "inspect": "run_inspect"}),
     "tokenizer": _group("tokenizer", {"train": "run_tokenizer_train", "show": "run_tokenizer_show"}),
 }

@@ -19,7 +19,7 @@ FLOORS = {
     "config": 4,
     "step": 5, "evals": 5, "plan": 5, "interop": 5,
     "train": 6, "runs": 6, "report": 6,
-    "serve": 7, "analyze": 7, "chaos": 7, "watermark": 7,
+    "serve": 7, "analyze": 7, "chaos": 7, "watermark": 7, "reproduce": 7,
     "bench": 8,
     "cli": 9, "__main__": 10,
 }
