@@ -74,7 +74,7 @@ def test_a_run_goes_on_where_it_was_ended(tmp_path, monkeypatch, capsys):
         return {"bits": np.array([1.0, 1.2]), "bits_bf16_weights": np.array([0.9, 1.0])}
 
     monkeypatch.setattr(capacity, "train", train)
-    monkeypatch.setitem(capacity.SIZES, "test", capacity._grid(capacity.SMALL, (1.0, 2.0, 3.0), steps=10, seeds=2))
+    monkeypatch.setitem(capacity.SIZES, "test", capacity._grid(capacity.SMALL, (1.0, 2.0, 3.0), (10,), seeds=2))
     command = ["reproduce", "capacity", "--size", "test", "--out", str(tmp_path)]
     assert cli.main(command) == 0
     path = tmp_path / "capacity-test.jsonl"

@@ -72,8 +72,8 @@ class Cell:
     shape: Shape
     sequences: int
     steps: int
-    learning_rate: float = 0.08
     batch: int = 0
+    learning_rate: float = 0.08
     dtype: str = "float32"
     seeds: int = 3
 
@@ -88,34 +88,29 @@ class Cell:
         return 1 - math.log2(self.sequences) / self.shape.sequence_bits
 
 
-# V, S of the small shapes are chosen so that most parameters are embeddings, as in the paper's.
-SMALL, MIDDLE, PAPER = Shape(1, 12, 3, 256, 16), Shape(1, 16, 4, 512, 16), Shape(1, 32, 4, 2048, 64)
+SMALL, MIDDLE = Shape(1, 12, 3, 256, 16), Shape(1, 16, 4, 512, 16)
 
 
-def _grid(shape: Shape, offered: tuple[float, ...], **others) -> list[Cell]:
+def _grid(shape: Shape, offered: tuple[float, ...], steps: tuple[int, ...], **others) -> list[Cell]:
     one = shape.num_params / shape.sequence_bits
-    return [Cell(shape, round(bits * one), **others) for bits in offered]
-
-
-def _ladder(shape: Shape, offered: float, steps: tuple[int, ...], **others) -> list[Cell]:
-    return [_grid(shape, (offered,), steps=s, **others)[0] for s in steps]
+    return [Cell(shape, round(bits * one), s, **others) for bits in offered for s in steps]
 
 
 # size -> cells. Those that differ in steps alone tell how much longer training would add.
 SIZES: dict[str, list[Cell]] = {
-    "test": _grid(SMALL, (1.0,), steps=600, seeds=2),
-    "cpu": (_grid(SMALL, (1.0, 2.5, 3.5, 4.5), steps=6000)
-            + _ladder(SMALL, 5.0, (1500, 3000, 6000, 12000))
-            + _grid(MIDDLE, (4.5,), steps=6000)
-            + _grid(SMALL, (5.0,), steps=3000, dtype="bfloat16")),
-    "long": (_grid(SMALL, (1.0, 2.5, 3.5, 4.5, 6.0), steps=50_000)
-             + _ladder(SMALL, 5.0, (6000, 12_000, 25_000, 50_000, 100_000))
-             + _grid(MIDDLE, (3.5, 5.0), steps=100_000)),
+    "test": _grid(SMALL, (1.0,), (600,), seeds=2),
+    "cpu": [*_grid(SMALL, (1.0, 2.0, 3.0, 4.0, 6.0), (4000,), batch=64),
+            *_grid(MIDDLE, (3.0, 4.5), (4000,), batch=128),
+            *_grid(MIDDLE, (6.0,), (1000, 2000, 4000, 8000), batch=128),
+            *_grid(SMALL, (6.0,), (4000,), batch=64, dtype="bfloat16")],
+    "long": [*_grid(SMALL, (1.0, 2.0, 3.0, 4.0, 6.0), (50_000,), batch=64, learning_rate=0.05),
+             *_grid(MIDDLE, (3.0, 4.5), (50_000,), batch=128, learning_rate=0.05),
+             *_grid(MIDDLE, (6.0,), (6000, 12_500, 25_000, 50_000, 100_000), batch=128, learning_rate=0.05)],
     # The paper's V and S; the largest has 1.06M parameters. For an accelerator.
-    "paper": [cell for layers, width in ((1, 32), (1, 64), (2, 64), (2, 128), (4, 128)) for dtype in
-              ("float32", "bfloat16") for cell in
-              _grid(Shape(layers, width, 4, 2048, 64), (1.0, 2.0, 3.0, 4.0, 5.0, 6.0), steps=300_000,
-                    learning_rate=5e-3, dtype=dtype)],
+    "paper": [cell for layers, width in ((1, 32), (1, 64), (2, 64), (2, 128), (4, 128))
+              for dtype in ("float32", "bfloat16")
+              for cell in _grid(Shape(layers, width, 4, 2048, 64), (1.0, 2.0, 3.0, 4.0, 5.0, 6.0), (300_000,),
+                                batch=2048, learning_rate=5e-3, dtype=dtype)],
 }
 
 
