@@ -20,6 +20,7 @@ USAGE = """usage: lmjax COMMAND …
   eval RUN                          held-out loss, perplexity and bits per byte of a run
   score MODEL --text T | --file F   surprisal, entropy and rank of every token, also as a page to read
   analyze loops | positions         where a model loops; loss by position beyond the trained length
+  audit MODEL --data D --folder O   what a model memorised of given texts, beside a control; also as a page
   generate MODEL --prompt TEXT      continue a text with a trained model
   chat MODEL                        talk with a model in the terminal
   serve MODEL                       an HTTP endpoint like OpenAI's, with continuous batching
@@ -189,6 +190,12 @@ def run_analyze(args: list[str]) -> int:
     return run_analyze(args)
 
 
+def run_audit(args: list[str]) -> int:
+    from lmjax.audit.commands import run_audit
+
+    return run_audit(args)
+
+
 def run_report(args: list[str]) -> int:
     from lmjax.report import run_report
 
@@ -247,12 +254,13 @@ def _group(name: str, commands: dict[str, str]) -> Callable[[list[str]], int]:
     return run
 
 
-COMPUTES = ("train", "eval", "score", "analyze", "generate", "chat", "serve", "export")
+COMPUTES = ("train", "eval", "score", "analyze", "audit", "generate", "chat", "serve", "export")
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": run_train,
     "eval": run_eval,
     "score": run_score,
     "analyze": run_analyze,
+    "audit": run_audit,
     "generate": run_generate,
     "chat": run_chat,
     "serve": run_serve,

@@ -19,9 +19,10 @@ FLOORS = {
     "config": 4,
     "step": 5, "evals": 5, "plan": 5, "interop": 5,
     "train": 6, "runs": 6, "report": 6,
-    "serve": 7, "analyze": 7, "chaos": 7, "watermark": 7, "reproduce": 7,
-    "bench": 8,
-    "cli": 9, "__main__": 10,
+    "serve": 7, "analyze": 7, "chaos": 7, "watermark": 7,
+    "audit": 8, "bench": 8,
+    "reproduce": 9,
+    "cli": 10, "__main__": 11,
 }
 NO_JAX = ("errors", "process", "lease", "phases", "records", "plain", "log", "data", "report", "cli")
 

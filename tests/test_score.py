@@ -13,7 +13,7 @@ from helpers import QUICK, TINY, random_model
 from lmjax.axes import MeshConfig, make_mesh
 from lmjax.data import ByteTokenizer, train_bpe
 from lmjax.errors import ConfigError, DataError, NonFiniteError
-from lmjax.evals.score import STATS, Totals, logit_stats, normalised, score_documents, token_stats
+from lmjax.evals.score import SAMPLED, STATS, Sampling, Totals, logit_stats, normalised, score_documents, token_stats
 from lmjax.evals.spans import token_spans
 from lmjax.evals.windows import WindowConfig, cut_windows, pack, stack
 from lmjax.models import RopeScaling
@@ -67,6 +67,24 @@ def test_every_statistic_is_that_of_float64(case):
         naive = (np.exp(logp) * logp**2).sum(-1) - (np.exp(logp) * logp).sum(-1) ** 2
         right = np.array([[row["varentropy"] for row in rows] for rows in wanted])
         assert np.abs(naive - right).max() > 100 * np.abs(found["varentropy"] - right).max()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(V), Sampling(5), Sampling(5, 0.5), Sampling(0, 2.0), Sampling(1)])
+@pytest.mark.parametrize("case", ["plain", "ties"])
+def test_the_probability_under_a_scheme_is_that_of_the_tokens_it_keeps(case, sampling):
+    z, targets = logits(case), np.random.default_rng(1).integers(0, V, (4, 25))
+    targets[0] = z[0].argmax(axis=-1)  # so that some are among the likeliest
+    found = jax.device_get(logit_stats(jnp.asarray(z), jnp.asarray(targets), sampling=sampling))[SAMPLED]
+
+    def right(z, y):
+        kept = sorted(range(V), key=lambda i: (-z[i], i))[:sampling.top_k or V]
+        weights = np.exp((z.astype(np.float64) - z.max()) / sampling.temperature)
+        with np.errstate(divide="ignore"):
+            return np.log(weights[y] * (y in kept) / weights[kept].sum())
+
+    wanted = np.array([[right(z[b, t], targets[b, t]) for t in range(25)] for b in range(4)])
+    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-6)
+    assert np.isfinite(found[0]).all() and (sampling.top_k in (0, V) or np.isinf(found[1:]).any())
 
 
 def test_known_numbers():

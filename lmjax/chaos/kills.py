@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from lmjax.chaos.lab import EVERY, STEPS, STEPS_OF_SEVERAL, Attempt, Lab, Outcome, expect, kill, resumed_at
+from lmjax.chaos.lab import CONNECT, EVERY, STEPS, STEPS_OF_SEVERAL, Attempt, Lab, Outcome, expect, kill, resumed_at
 
 TWO, FOUR = {"processes": 2, "devices": 2}, {"processes": 4, "devices": 4}
 
@@ -16,15 +16,17 @@ def _kill_at_random(lab: Lab, which, **options) -> Outcome:
     """One kill at a moment that is uniform over the steps of an attempt, its start included one time in five."""
     name = lab.name()
     attempt = lab.start(name, **options)
-    if lab.rng.random() < 0.2:  # while it starts, restores or compiles
+    starting = lab.rng.random() < 0.2  # or restores, or compiles
+    if starting:
         time.sleep(lab.rng.random() * 3)
     else:
         lab.reach(attempt, lab.rng.randint(1, (STEPS_OF_SEVERAL if options else STEPS) * 3 // 4))
         time.sleep(lab.rng.random() * 0.1)
     reached = lab.step(name)
     at = kill(attempt, which)
-    # A survivor must see that its peer is gone, and leave by itself.
-    attempt.wait(40)
+    # A survivor must see that its peer is gone, and leave by itself. One that had not come yet is missed after
+    # limits.connect.
+    attempt.wait(CONNECT + 10 if starting else 40)
     return lab.recover(name, at, max(reached, lab.step(name)), **options)
 
 

@@ -33,11 +33,12 @@ def get_config():
                         cache_dir={cache!r}, workers=1),
         optim=OptimConfig(learning_rate=1e-2, warmup_steps=5), evals=EvalConfig(every=0),
         checkpoint=CheckpointConfig(every={every}, keep=3), log=LogConfig(every=1),
-        limits=LimitsConfig(connect=60, compile=120, data=60, step=60, save=60, restore=60),
+        limits=LimitsConfig(connect={connect}, compile=120, data=60, step=60, save=60, restore=60),
     )
 '''
 WORDS = "the a model learns what it reads and forgets what it never saw again under some loss".split()
 STEPS, EVERY = 240, 12
+CONNECT = 60  # seconds for processes to find each other
 STEPS_OF_SEVERAL = 72  # of runs with more than one process, whose steps take longer
 
 
@@ -108,7 +109,7 @@ class Lab:
             (text / f"{i:03}.txt").write_text(" ".join(rng.choices(WORDS, k=rng.randint(20, 120))) + ".\n")
         self.config = folder / "tiny.py"
         self.config.write_text(CONFIG.format(root=str(self.runs), text=str(text), cache=str(folder / "data"),
-                                             steps=STEPS, every=EVERY))
+                                             steps=STEPS, every=EVERY, connect=CONNECT))
 
     # ---- starting --------------------------------------------------------------------------------------
 

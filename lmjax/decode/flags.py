@@ -6,10 +6,11 @@ Only argparse is imported here, so that `--help` never waits for JAX.
 import argparse
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """One flag for each field of SampleConfig but max_new_tokens; `sample_of` reads them."""
+def add_sampling(parser: argparse.ArgumentParser, temperature: float = 0.8, stop_loops: int = 0) -> None:
+    """One flag for each field of SampleConfig but max_new_tokens; `sample_of` reads them. temperature, stop_loops:
+    defaults."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default %(default)s)")
+    group.add_argument("--temperature", type=float, default=temperature, help="0 is greedy (default %(default)s)")
     group.add_argument("--top-k", type=int, default=0, help="the k likeliest tokens; 0 keeps all (default %(default)s)")
     group.add_argument("--top-p", type=float, default=0.95,
                        help="the likeliest tokens that make up probability p; 1 keeps all (default %(default)s)")
@@ -33,7 +34,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
                        help="times this for each token that the repetition is longer (default %(default)s)")
     group.add_argument("--dry-allowed-length", type=int, default=2, metavar="N",
                        help="repetitions shorter than this are free (default %(default)s)")
-    group.add_argument("--stop-loops", type=int, default=0, metavar="N",
+    group.add_argument("--stop-loops", type=int, default=stop_loops, metavar="N",
                        help="end a text whose end has gone round one cycle N times; 0 goes on (default %(default)s)")
     group.add_argument("--loop-period", type=int, default=64, metavar="N",
                        help="tokens of the longest cycle that --stop-loops looks for (default %(default)s)")

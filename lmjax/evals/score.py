@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,16 +35,26 @@ from lmjax.losses.cross_entropy import CHUNK_BYTES
 
 STATS = ("surprisal", "entropy", "varentropy", "rank", "top_id", "top_logprob")
 TOP = ("top_ids", "top_logprobs")  # of the n likeliest, where asked for
+SAMPLED = "sampled"  # of a sampling scheme, where asked for
 SIGMA_FLOOR = 1e-4  # nats; below it float32 cannot tell sqrt V from 0
 
 Stats = dict[str, np.ndarray]
 
 
+class Sampling(NamedTuple):
+    """A sampling scheme: logits over `temperature`, then the top_k likeliest (0: all of them), renormalised."""
+
+    top_k: int = 40
+    temperature: float = 1.0
+
+
 # ---- one batch -----------------------------------------------------------------------------------------
 
 
-def logit_stats(z_BTV: jax.Array, targets_BT: jax.Array, top: int = 0) -> dict[str, jax.Array]:
-    """{name of STATS: [B, T]} of float32 logits; with top > 0 also TOP, [B, T, top]. Targets are in [0, V)."""
+def logit_stats(z_BTV: jax.Array, targets_BT: jax.Array, top: int = 0,
+                sampling: Sampling | None = None) -> dict[str, jax.Array]:
+    """{name of STATS: [B, T]} of float32 logits; with top > 0 also TOP, [B, T, top]; with a scheme also SAMPLED [B, T],
+    ln of the probability that it draws the target, -inf where it never does. Targets are in [0, V)."""
     z_BTV = z_BTV - jnp.max(z_BTV, axis=-1, keepdims=True)
     ids_BTV = jax.lax.broadcasted_iota(jnp.int32, z_BTV.shape, 2)
     log_sum_BT1 = jnp.log(jnp.sum(jnp.exp(z_BTV), axis=-1, keepdims=True))
@@ -63,12 +74,17 @@ def logit_stats(z_BTV: jax.Array, targets_BT: jax.Array, top: int = 0) -> dict[s
     if top:
         best, ids = jax.lax.top_k(z_BTV, top)
         found |= {"top_ids": ids, "top_logprobs": best - log_sum_BT1}
+    if sampling:
+        kept = jax.lax.top_k(z_BTV, sampling.top_k)[0] if 0 < sampling.top_k < z_BTV.shape[-1] else z_BTV
+        drawn_BT = z_y_BT1[..., 0] / sampling.temperature - jax.nn.logsumexp(kept / sampling.temperature, axis=-1)
+        found[SAMPLED] = jnp.where(found["rank"] < (sampling.top_k or z_BTV.shape[-1]), drawn_BT, -jnp.inf)
     return found
 
 
 def token_stats(graphdef: nnx.GraphDef, params, batch: dict[str, jax.Array], *, top: int = 0,
-                chunk_bytes: int = CHUNK_BYTES) -> dict[str, jax.Array]:
-    """{name of STATS: [B, T]}, and TOP [B, T, top] where top > 0: at each place, about targets_BT there.
+                sampling: Sampling | None = None, chunk_bytes: int = CHUNK_BYTES) -> dict[str, jax.Array]:
+    """{name of STATS: [B, T]}, TOP [B, T, top] where top > 0, SAMPLED [B, T] of a scheme: at each place, about
+    targets_BT there.
 
     graphdef, params: `nnx.split` of a Decoder, params as pure dictionaries, sharded or not (call it inside
     `jax.set_mesh` then). batch: `tokens` and `targets`, int32 [B, T], targets in [0, V); `segments` and `positions` as
@@ -76,11 +92,11 @@ def token_stats(graphdef: nnx.GraphDef, params, batch: dict[str, jax.Array], *, 
     the caller knows which ones count. rank, top_id and top_ids are int32, the rest float32, in nats.
     """
     used = {name: batch[name] for name in ("tokens", "targets", "segments", "positions") if name in batch}
-    return _token_stats(params, used, graphdef=graphdef, top=top, chunk_bytes=chunk_bytes)
+    return _token_stats(params, used, graphdef=graphdef, top=top, sampling=sampling, chunk_bytes=chunk_bytes)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "top", "chunk_bytes"))
-def _token_stats(params, batch, *, graphdef, top, chunk_bytes):
+@functools.partial(jax.jit, static_argnames=("graphdef", "top", "sampling", "chunk_bytes"))
+def _token_stats(params, batch, *, graphdef, top, sampling, chunk_bytes):
     model = nnx.merge(graphdef, params)
     x_BTD = model.hidden(batch["tokens"], batch.get("segments"), batch.get("positions"))
     B, T, _ = x_BTD.shape
@@ -98,7 +114,7 @@ def _token_stats(params, batch, *, graphdef, top, chunk_bytes):
 
     def one(chunk):
         x, targets = chunk
-        return logit_stats(constrain(model.logits(x), "BTV"), targets, top)
+        return logit_stats(constrain(model.logits(x), "BTV"), targets, top, sampling)
 
     return jax.tree.map(join, jax.lax.map(one, (split(x_BTD), split(batch["targets"]))))
 
@@ -158,9 +174,10 @@ class _Open:
 
 
 def score_documents(graphdef: nnx.GraphDef, params, documents: Iterable[np.ndarray], windows: WindowConfig, *,
-                    mesh: Mesh | None = None, top: int = 0,
+                    mesh: Mesh | None = None, top: int = 0, sampling: Sampling | None = None,
                     progress: Callable[[int], None] | None = None) -> Iterator[Stats]:
-    """For each document of ids [n], in order: {name of STATS: [n - 1]} about its ids from the second on.
+    """For each document of ids [n], in order: {name of STATS: [n - 1]} about its ids from the second on, and what else
+    `token_stats` gives.
 
     Documents are read as they are needed, at most a few batches ahead. Those longer than `windows.context` are read
     through a window that slides by `windows.stride`, so that each token is predicted once, from at least
@@ -178,12 +195,12 @@ def score_documents(graphdef: nnx.GraphDef, params, documents: Iterable[np.ndarr
     opened: collections.deque[_Open] = collections.deque()
     pending: tuple | None = None  # fetched one batch late, so that the device never waits for the host
     done = 0
-    for group in _groups(documents, windows, opened, config.vocab_size, top):
+    for group in _groups(documents, windows, opened, config.vocab_size, top, sampling):
         for rows, width in pack(group, windows, ways, alone):
             batch = stack(rows, width)
             if mesh is not None:
                 batch = to_global(batch, local_rows(mesh, len(rows)), mesh, len(rows))
-            ready, pending = pending, (rows, token_stats(graphdef, params, batch, top=top))
+            ready, pending = pending, (rows, token_stats(graphdef, params, batch, top=top, sampling=sampling))
             done = _collect(ready, done, progress)
             while len(opened) > 1 and not opened[0].missing:
                 yield opened.popleft().stats
@@ -194,7 +211,7 @@ def score_documents(graphdef: nnx.GraphDef, params, documents: Iterable[np.ndarr
 
 
 def _groups(documents: Iterable[np.ndarray], windows: WindowConfig, opened: collections.deque, vocab_size: int,
-            top: int) -> Iterator[list]:
+            top: int, sampling: Sampling | None) -> Iterator[list]:
     """Windows of a few batches at a time, and opens their documents."""
     group, tokens = [], 0
     for number, ids in enumerate(documents):
@@ -210,6 +227,8 @@ def _groups(documents: Iterable[np.ndarray], windows: WindowConfig, opened: coll
                          n)
         if top:
             document.stats |= {"top_ids": np.zeros((n, top), np.int32), "top_logprobs": np.zeros((n, top), np.float32)}
+        if sampling:
+            document.stats[SAMPLED] = np.zeros(n, np.float32)
         opened.append(document)
         group += cut_windows(ids, windows.context, windows.stride, document)
         tokens += n

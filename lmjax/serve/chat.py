@@ -59,7 +59,7 @@ class Chat:
         """Whether to go on."""
         name, _, rest = line.strip().partition(" ")
         rest = rest.strip()
-        if name == "/quit":
+        if name in ("/quit", "/exit"):
             return False
         if name == "/reset":
             self.turns.clear()
@@ -145,8 +145,8 @@ class Chat:
             why = {"non_finite": f"logits are not finite: {NOT_FINITE}"}.get(update.error, f"no answer: {update.error}")
             self.say(f"({why})\n")
             return None
-        cut = update.completion.finish == "length"
-        self.say(f" (cut at {row.config.max_new_tokens} tokens)\n" if cut else "\n")
+        told = {"length": f" (cut at {row.config.max_new_tokens} tokens)", "loop": " (going in circles)"}
+        self.say(told.get(update.completion.finish, "") + "\n")
         return text
 
 

@@ -34,7 +34,8 @@ answer, Ctrl-D ends. Turns that no longer fit are forgotten, the oldest first, a
     parser.add_argument("--system", default="", metavar="TEXT", help="what the model is told before all turns")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default 512)")
     parser.add_argument("--seed", type=int, default=0)
-    add_sampling(parser)
+    # Small models lose the thread when it is hot, and go in circles when it is cold.
+    add_sampling(parser, temperature=0.3, stop_loops=4)
     add_cache(parser)
     options = parser.parse_args(args)
     sample, cache = sample_of(options), cache_of(options)
