@@ -14,6 +14,7 @@ from lmjax.data.manifest import write_atomically
 from lmjax.errors import ConfigError
 
 EXPERIMENTS = {
+    "capacity": "bits that a decoder memorises of random tokens, per parameter",
     "near-duplicates": "goldfish masks on copies with other line breaks, case and tokens: what leaks, what it costs",
     "product-hash": "how the published goldfish hash degenerates as its context grows, on real text",
 }
