@@ -73,8 +73,8 @@ def page(p: Planned) -> str:
         "", *_times(p),
     ]
     rate = p.tokens / likely
-    lines += ["", f"whole run    {format_count(rate)} tokens/s, {format_duration(likely * c.total_steps)} for {c.total_steps:,} "
-              f"steps ({format_count(p.tokens * c.total_steps)} tokens)"]
+    lines += ["", f"whole run    {format_count(rate)} tokens/s, {format_duration(likely * c.total_steps)} for "
+              f"{c.total_steps:,} steps ({format_count(p.tokens * c.total_steps)} tokens)"]
     if p.price is not None:
         low, mid, high = (p.money(s) for s in p.times.step)
         lines.append(f"money        ${mid:,.2f} for a billion tokens (${low:,.2f} to ${high:,.2f}) at ${p.price:g} a "
