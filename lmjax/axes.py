@@ -5,11 +5,11 @@ sharding is read off its name. A leading layer dimension L is added where layers
 follow the same letters with a table of their own. No model and no optimizer lives here, and no model code
 names a mesh axis.
 
-    B  batch (rows)        D  model width         E  experts (reserved)
+    B  batch (rows)        D  model width         E  experts
     T  query time          N  query heads         V  vocabulary
     S  key time            K  key/value heads     P  learned positions
     H  head width          F  feed-forward width  L  layers
-    G  query heads per key/value head (N = K G)
+    G  query heads per key/value head (N = K G)    A  experts that a token has chosen
 """
 
 import dataclasses
@@ -22,11 +22,14 @@ from jax.sharding import PartitionSpec as P
 
 # The order of devices in the mesh: `tensor` varies fastest, so that its traffic, the heaviest, stays
 # between neighbours.
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
-# Letter -> mesh axis (or axes). A letter that is not listed is never split.
-WEIGHT_RULES = {"D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
-ACTIVATION_RULES = {"B": ("data", "fsdp"), "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
+# Letter -> mesh axis (or axes). A letter that is not listed is never split. An axis splits one dimension of an array,
+# the first that asks for it: `expert` splits the experts where there are any, and is more of `fsdp` to all other
+# weights; rows of the batch are split over it too, or its devices would all compute the same outside of the experts.
+# MaxText does both by its default rules, and torchtitan takes its expert axis out of the data-parallel ones.
+WEIGHT_RULES = {"E": "expert", "D": ("fsdp", "expert"), "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
+ACTIVATION_RULES = {"B": ("data", "fsdp", "expert"), "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 
 
 @dataclasses.dataclass
@@ -34,12 +37,14 @@ class MeshConfig:
     """Sizes of the mesh axes. At most one may be -1: it takes the devices that are left.
 
     data: replicas of the weights. fsdp: weights and optimizer state split over this axis, gathered when
-    used (ZeRO-3). tensor: heads, feed-forward and vocabulary split over this axis (Megatron).
+    used (ZeRO-3). tensor: heads, feed-forward and vocabulary split over this axis (Megatron). expert: experts split
+    over this axis, which is one more of fsdp to everything else.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    expert: int = 1
 
     def sizes(self, num_devices: int) -> tuple[int, ...]:
         """Axis sizes with -1 filled in. Call `problems` first: this one asserts."""
@@ -84,12 +89,14 @@ def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
 
 def _spec(letters: str, shape: Sequence[int], rules: dict, mesh: Mesh | AbstractMesh) -> P:
     """The spec of an array; a dimension that its mesh axes do not divide is left whole."""
-    parts = []
+    parts, used = [], set()
     for letter, size in zip(letters, shape, strict=True):
         names = rules.get(letter, ())
-        names = (names,) if isinstance(names, str) else names
+        names = tuple(name for name in ((names,) if isinstance(names, str) else names)
+                      if mesh.shape[name] > 1 and name not in used)
         ways = math.prod(mesh.shape[name] for name in names)
-        parts.append(names if ways > 1 and size % ways == 0 else None)
+        parts.append(names if names and size % ways == 0 else None)
+        used.update(parts[-1] or ())
     return P(*(part[0] if part and len(part) == 1 else part for part in parts))
 
 
@@ -113,6 +120,16 @@ def weight_spec(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P
     return _spec(letters, shape, WEIGHT_RULES, mesh)
 
 
+def activation_spec(letters: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    """The sharding of an activation, for code that says itself what each device does (`jax.shard_map`)."""
+    return _spec(letters, shape, ACTIVATION_RULES, mesh)
+
+
+def gathered_spec(letters: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    """The sharding of a weight at the moment of use: its D is gathered, what else is split stays so."""
+    return _spec(letters.replace("D", "_"), shape, WEIGHT_RULES, mesh)
+
+
 def constrain(x: jax.Array, letters: str) -> jax.Array:
     """Pins the sharding of an activation by its letters; does nothing outside a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -122,7 +139,7 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
 
 
 def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
-    """Rows over the data and fsdp axes, everything else whole."""
+    """Rows over the axes of B, everything else whole."""
     return NamedSharding(mesh, P(ACTIVATION_RULES["B"], *[None] * (ndim - 1)))
 
 
