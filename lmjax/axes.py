@@ -5,11 +5,11 @@ sharding is read off its name. A leading layer dimension L is added where layers
 follow the same letters with a table of their own. No model and no optimizer lives here, and no model code
 names a mesh axis.
 
-    B  batch (rows)        D  model width         E  experts (reserved)
+    B  batch (rows)        D  model width         E  experts
     T  query time          N  query heads         V  vocabulary
     S  key time            K  key/value heads     P  learned positions
     H  head width          F  feed-forward width  L  layers
-    G  query heads per key/value head (N = K G)
+    G  query heads per key/value head (N = K G)    A  experts that a token has chosen
 """
 
 import dataclasses
@@ -25,16 +25,21 @@ from jax.sharding import PartitionSpec as P
 
 # The order of devices in the mesh: `tensor` varies fastest, so that its traffic, the heaviest, stays between
 # neighbours; `replica` varies slowest, so that only its one all-reduce a step crosses a data-centre network.
-MESH_AXES = ("replica", "data", "fsdp", "context", "tensor")
+MESH_AXES = ("replica", "data", "fsdp", "expert", "context", "tensor")
 
-# Letter -> mesh axis (or axes). A letter that is not listed is never split. Weights are split over `context` too: its
-# devices need every weight for their tokens, as those of `fsdp` do, and otherwise each would hold a copy.
-WEIGHT_RULES = {"D": ("fsdp", "context"), "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
-ACTIVATION_RULES = {"B": ("replica", "data", "fsdp"), "T": "context", "N": "tensor", "K": "tensor", "F": "tensor",
-                    "V": "tensor"}
+# Letter -> mesh axis (or axes). A letter that is not listed is never split. An axis splits one dimension of an array,
+# the first that asks for it: `expert` splits the experts where there are any, and is more of `fsdp` to all other
+# weights; rows of the batch are split over it too, or its devices would all compute the same outside of the experts.
+# (MaxText does both by its default rules, and torchtitan takes its expert axis out of the data-parallel ones.) Weights
+# are split over `context` as well: its devices need every weight for their tokens, as those of `fsdp` do, and otherwise
+# each would hold a copy.
+WEIGHT_RULES = {"E": "expert", "D": ("fsdp", "expert", "context"), "N": "tensor", "K": "tensor", "F": "tensor",
+                "V": "tensor"}
+ACTIVATION_RULES = {"B": ("replica", "data", "fsdp", "expert"), "T": "context", "N": "tensor", "K": "tensor",
+                    "F": "tensor", "V": "tensor"}
 # Moments of the optimizer under `zero1`. `data` comes last, so that what is gathered after an update is one block of
 # the weight.
-ZERO1_RULES = WEIGHT_RULES | {"D": ("fsdp", "context", "data")}
+ZERO1_RULES = WEIGHT_RULES | {"D": ("fsdp", "expert", "context", "data")}
 
 
 @dataclasses.dataclass
@@ -45,7 +50,8 @@ class MeshConfig:
     used (ZeRO-3). tensor: heads, feed-forward and vocabulary split over this axis (Megatron). replica: as data, across
     slices or hosts that a slower network joins. context: the tokens of each row split over this axis
     (`lmjax.nn.context`), and weights as over fsdp. zero1: optimizer state split over data, though weights are not
-    (ZeRO, arXiv 1910.02054, section 5.1).
+    (ZeRO, arXiv 1910.02054, section 5.1). expert: experts split over this axis, which is one more of fsdp to everything
+    else.
     """
 
     data: int = -1
@@ -54,6 +60,7 @@ class MeshConfig:
     replica: int = 1
     context: int = 1
     zero1: bool = False
+    expert: int = 1
 
     def sizes(self, num_devices: int) -> tuple[int, ...]:
         """Axis sizes in the order of MESH_AXES, with -1 filled in. Call `problems` first: this one asserts."""
@@ -124,16 +131,20 @@ def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
 
 
 def spec(letters: str, shape: Sequence[int], rules: dict, mesh: Mesh | AbstractMesh) -> P:
-    """The spec of an array. Of the axes of a letter, the first ones that together divide the dimension are used."""
-    parts = []
+    """The spec of an array. Of the axes of a letter, the first ones that together divide the dimension are used, and
+    that no dimension before it has taken."""
+    parts, taken = [], set()
     for letter, size in zip(letters, shape, strict=True):
         names = rules.get(letter, ())
         used, ways = [], 1
         for name in (names,) if isinstance(names, str) else names:
+            if name in taken or mesh.shape[name] == 1:
+                continue
             ways *= mesh.shape[name]
             if size % ways:
                 break
-            used += [name] if mesh.shape[name] > 1 else []
+            used.append(name)
+        taken.update(used)
         parts.append(tuple(used) if len(used) > 1 else used[0] if used else None)
     return P(*parts)
 
@@ -159,6 +170,16 @@ def weight_spec(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh, rule
     return spec(letters, shape, rules or WEIGHT_RULES, mesh)
 
 
+def activation_spec(letters: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    """The sharding of an activation, for code that says itself what each device does (`jax.shard_map`)."""
+    return spec(letters, shape, ACTIVATION_RULES, mesh)
+
+
+def gathered_spec(letters: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    """The sharding of a weight at the moment of use: its D is gathered, what else is split stays so."""
+    return spec(letters.replace("D", "_"), shape, WEIGHT_RULES, mesh)
+
+
 def constrain(x: jax.Array, letters: str) -> jax.Array:
     """Pins the sharding of an activation by its letters; does nothing outside a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -167,18 +188,13 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, activation_spec(letters, x.shape, mesh))
 
 
-def activation_spec(letters: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
-    """The sharding of an activation by its letters; one entry a dimension."""
-    return spec(letters, shape, ACTIVATION_RULES, mesh)
-
-
 def context_ways() -> int:
     """Into how many parts the mesh that is set splits the tokens of a row; 1 without one."""
     return jax.sharding.get_abstract_mesh().shape.get("context", 1)
 
 
 def batch_sharding(mesh: Mesh, ndim: int = 2, length: int = 0) -> NamedSharding:
-    """Rows over replica, data and fsdp; tokens over context where it divides a row's length; everything else whole."""
+    """Rows over the axes of B; tokens over context where it divides a row's length; everything else whole."""
     tokens = "context" if length and length % mesh.shape["context"] == 0 else None
     return NamedSharding(mesh, P(ACTIVATION_RULES["B"], *[tokens, *[None] * (ndim - 2)][:ndim - 1]))
 

@@ -32,7 +32,7 @@ from lmjax.errors import ConfigError
 from lmjax.guard import GuardConfig
 from lmjax.log import LogConfig
 from lmjax.losses.goldfish import GoldfishConfig, equal_steps
-from lmjax.models import ComputeConfig, DecoderConfig, RopeScaling, preset
+from lmjax.models import ComputeConfig, DecoderConfig, MoEConfig, RopeScaling, preset
 from lmjax.nn.context import context_problem
 from lmjax.objectives.pretrain import PretrainConfig
 from lmjax.optim import OptimConfig
@@ -41,8 +41,8 @@ from lmjax.plain import build, not_finite, problems, read_json, shown
 
 __all__ = [
     "CheckpointConfig", "ComputeConfig", "DataConfig", "DecoderConfig", "EvalConfig", "GoldfishConfig",
-    "GuardConfig", "LimitsConfig", "LogConfig", "MeshConfig", "OptimConfig", "PretrainConfig", "RopeScaling",
-    "RunConfig", "SampleConfig", "SourceConfig", "preset",
+    "GuardConfig", "LimitsConfig", "LogConfig", "MeshConfig", "MoEConfig", "OptimConfig", "PretrainConfig",
+    "RopeScaling", "RunConfig", "SampleConfig", "SourceConfig", "preset",
 ]
 
 
@@ -157,10 +157,12 @@ def _mesh_problems(c: RunConfig, num_devices: int) -> list[str]:
     model, ways = c.model.filled(), batch_ways(mesh)
     bad = []
     if c.batch_size > 0 and c.accumulate > 0 and c.batch_size % (ways * c.accumulate):
-        bad.append(f"batch_size={c.batch_size} must be a multiple of {ways * c.accumulate}: replica x data x fsdp = "
-                   f"{ways} parts x accumulate={c.accumulate} micro-batches")
-    for axis, sizes in (("tensor", {"num_heads": model.num_heads, "d_ff": model.d_ff}),
-                        ("fsdp", {"d_model": model.d_model})):
+        bad.append(f"batch_size={c.batch_size} must be a multiple of {ways * c.accumulate}: replica x data x fsdp x "
+                   f"expert = {ways} parts x accumulate={c.accumulate} micro-batches")
+    moe = model.moe
+    widths = {"moe.d_ff": moe.d_ff, "moe.shared_d_ff": moe.shared_d_ff} if moe else {"d_ff": model.d_ff}
+    for axis, sizes in (("tensor", {"num_heads": model.num_heads, **widths}), ("fsdp", {"d_model": model.d_model}),
+                        ("expert", {"moe.num_experts": moe.num_experts} if moe else {})):
         for name, size in sizes.items():
             if size % mesh.shape[axis]:
                 bad.append(f"mesh.{axis}={mesh.shape[axis]} does not divide model.{name}={size}; "
@@ -171,6 +173,12 @@ def _mesh_problems(c: RunConfig, num_devices: int) -> list[str]:
     if context > 1 and c.compute.attention in ("reference", "splash", "cudnn"):
         bad.append(f"compute.attention={c.compute.attention!r} does not split rows over mesh.context={context}; use "
                    "'auto', or mesh.context=1")
+    split = mesh.shape["fsdp"] * mesh.shape["expert"]
+    if mesh.shape["expert"] > 1 and model.d_model % split and not model.d_model % mesh.shape["fsdp"]:
+        bad.append(f"mesh.fsdp x mesh.expert={split} does not divide model.d_model={model.d_model}: outside of the "
+                   "experts both split it; choose sizes that do")
+    if mesh.shape["expert"] > 1 and not moe:
+        bad.append(f"mesh.expert={mesh.shape['expert']}: the model has no experts; set model.moe, or mesh.fsdp to it")
     return bad
 
 
@@ -210,6 +218,18 @@ def ignored(c: RunConfig) -> list[str]:
         found.append(f"compute.context={c.compute.context!r} has no effect with mesh.context=1")
     if c.mesh.zero1 and c.mesh.data == 1:
         found.append("mesh.zero1 has no effect with mesh.data=1: there is nothing to split the optimizer's state over")
+    if c.model.moe is None:
+        for section, name, default in (("objective", "router_balance", PretrainConfig()),
+                                       ("objective", "router_z", PretrainConfig()),
+                                       ("compute", "experts", ComputeConfig())):
+            value = getattr(getattr(c, section), name)
+            if value != getattr(default, name):
+                found.append(f"{section}.{name}={value} has no effect: the model has no experts (model.moe)")
+    elif c.model.moe.d_ff and c.model.d_ff:
+        found.append(f"model.d_ff={c.model.d_ff} has no effect: every layer's MLP is model.moe, whose d_ff is "
+                     f"{c.model.moe.d_ff}")
+    if c.optim.balance_rate != OptimConfig().balance_rate and not (c.model.moe and c.model.moe.balance):
+        found.append(f"optim.balance_rate={c.optim.balance_rate} has no effect without model.moe.balance")
     if not c.evals.every and c.evals.prompts:
         found.append("evals.prompts have no effect with evals.every=0")
     return found

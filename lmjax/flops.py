@@ -29,6 +29,12 @@ def per_token(matrix_weights: int, num_heads: int, head_dim: int, layer_windows:
     return 6.0 * matrix_weights + attention
 
 
+def used_share(name: str, num_experts: int, experts_per_token: int) -> float:
+    """The share of a weight that one token meets: A / E of what belongs to experts (`up_EDF`), all of the others."""
+    per_expert = name.rpartition("_")[2].startswith("E") and not name.endswith("balance_E")
+    return experts_per_token / num_experts if per_expert else 1.0
+
+
 def peak(device_kind: str, dtype: str) -> float | None:
     """FLOP/s of one device, or None where it is not known: other chips, CPUs, and float32 compute."""
     return PEAK_BF16.get(device_kind) if dtype == "bfloat16" else None

@@ -6,10 +6,12 @@ schedule. Nothing here knows a model; weights are found by their path names (`lm
 
 import dataclasses
 import re
+from typing import Any
 
+import jax.numpy as jnp
 import optax
 
-from lmjax.tree import name_mask
+from lmjax.tree import map_with_name, name_mask
 
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
 
@@ -22,7 +24,7 @@ class OptimConfig:
     learning_rate * final_fraction at the last step; "wsd" (warm-up, stable, decay; arXiv 2404.06395)
     stays level and falls linearly over the last decay_fraction of the steps; "constant" stays.
     decay: regular expressions of the weights that decay; the default is every matrix, so no norm and no
-    bias. clip_norm: 0 does not clip.
+    bias. clip_norm: 0 does not clip. balance_rate: how far the balance of an expert moves in a step (see `by_sign`).
     """
 
     learning_rate: float = 1e-3
@@ -34,13 +36,14 @@ class OptimConfig:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    decay: tuple[str, ...] = (r"_(VD|PD|DNH|DKH|NHD|DF|FD)$",)
+    decay: tuple[str, ...] = (r"_(VD|PD|DNH|DKH|NHD|DF|FD|DE|EDF|EFD)$",)
     clip_norm: float = 1.0
+    balance_rate: float = 1e-3
 
     def problems(self, total_steps: int, prefix: str = "optim") -> list[str]:
         bad = []
-        for name, low, high in (("learning_rate", 0, 10), ("weight_decay", 0, 10),
-                                ("clip_norm", 0, 1e9), ("final_fraction", 0, 1), ("decay_fraction", 0, 1)):
+        for name, low, high in (("learning_rate", 0, 10), ("weight_decay", 0, 10), ("clip_norm", 0, 1e9),
+                                ("balance_rate", 0, 1), ("final_fraction", 0, 1), ("decay_fraction", 0, 1)):
             value = getattr(self, name)
             if not low <= value <= high:
                 bad.append(f"{prefix}.{name}={value}: must be from {low} to {high:g}")
@@ -90,4 +93,28 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> tuple[optax.Gradien
         optax.add_decayed_weights(config.weight_decay, mask=lambda params: name_mask(params, config.decay)),
         optax.scale_by_learning_rate(schedule),
     ]
-    return optax.chain(*chain), schedule
+    return by_sign(optax.chain(*chain), config.balance_rate), schedule
+
+
+# ---- balance without a loss ------------------------------------------------------------------------------------
+
+BALANCE = re.compile(r"(^|/)balance_E$")
+
+
+def losses_alone(grads: Any) -> Any:
+    """Gradients with what is no slope of a loss at zero: it is neither clipped nor part of a norm."""
+    return map_with_name(lambda name, g: jnp.zeros_like(g) if BALANCE.search(name) else g, grads)
+
+
+def by_sign(chain: optax.GradientTransformation, rate: float) -> optax.GradientTransformation:
+    """`chain`, but the balance of a mixture's experts moves by -rate sign(gradient): DeepSeek-V3's update of its bias
+    (arXiv 2408.15664, algorithm 1; 2412.19437, section 2.1.2).
+
+    What arrives as its gradient is each expert's load less the mean load (`lmjax.nn.moe.RouterSums.pull`), a sum over
+    tokens like every gradient; so the sign is that of the whole global batch, over all devices and micro-batches.
+    """
+    def update(grads, state, params=None):
+        updates, state = chain.update(losses_alone(grads), state, params)
+        return map_with_name(lambda name, u, g: -rate * jnp.sign(g) if BALANCE.search(name) else u, updates,
+                             grads), state
+    return optax.GradientTransformation(chain.init, update)

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from lmjax.axes import WEIGHT_RULES, ZERO1_RULES, constrain, weight_spec
 from lmjax.guard import judge
+from lmjax.optim import losses_alone
 from lmjax.state import TrainState
 from lmjax.tree import global_norm, map_with_name
 
@@ -94,7 +95,7 @@ def make_train_step(loss: Loss, graphdef: nnx.GraphDef, tx: optax.GradientTransf
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, weight, metrics = gradient_sums(loss, graphdef, state.params, batch, key, accumulate, zero1)
         grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-8), grads)
-        norm = global_norm(grads)
+        norm = global_norm(losses_alone(grads))
         total, share = metrics["loss"]
         good, guard = judge(sigmas, state.guard, total / jnp.maximum(share, 1e-8), norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 from goldens.make_hf_goldens import PATH, POSITIONS, tokens, weight
 
-from lmjax.models import ComputeConfig, Decoder, DecoderConfig, RopeScaling
+from lmjax.models import ComputeConfig, Decoder, DecoderConfig, MoEConfig, RopeScaling
 from lmjax.nn import attention
 
 TOLERANCE = 2e-5  # of the largest element; float32 differs by 1e-6 or so, a wrong setting by 1e-3 and more
@@ -43,6 +43,9 @@ CONFIGS = {
     "gemma3": dataclasses.replace(
         _GEMMA, num_layers=5, num_kv_heads=1, qk_norm=True, rope_theta=1e6, rope_local_theta=1e4,
         rope_scaling=RopeScaling("linear", 8.0), windows=(8, 8, 0)),
+    "mixtral": dataclasses.replace(_BASE, norm_eps=1e-5, tied=False, moe=MoEConfig(4, 2, 80)),
+    "qwen3_moe": dataclasses.replace(_BASE, norm_eps=1e-6, qk_norm=True, rope_theta=1e6, tied=False,
+                                     moe=MoEConfig(6, 3, 40, renormalise=False)),
 }
 
 # The same weights under settings that are wrong in one way.
@@ -59,6 +62,9 @@ WRONG = [
     ("gemma2", {"windows": (0, 8)}), ("gemma2", {"post_norms": False}),
     ("gemma3", {"rope_local_theta": 0.0}), ("gemma3", {"rope_scaling": None}),
     ("gemma3", {"rope_theta": 1e4}), ("gemma3", {"windows": (8,)}),
+    ("mixtral", {"moe": MoEConfig(4, 1, 80)}), ("mixtral", {"moe": MoEConfig(4, 2, 80, renormalise=False)}),
+    ("mixtral", {"moe": MoEConfig(4, 2, 80, router="sigmoid")}), ("qwen3_moe", {"moe": MoEConfig(6, 3, 40)}),
+    ("qwen3_moe", {"moe": MoEConfig(6, 4, 40, renormalise=False)}),
 ]
 
 
@@ -70,6 +76,10 @@ def whole(w: np.ndarray) -> np.ndarray:
 
 def turned(w: np.ndarray) -> np.ndarray:
     return w.T
+
+
+def of_each(w: np.ndarray) -> np.ndarray:
+    return w.swapaxes(1, 2)
 
 
 def _parts(name: str, c: DecoderConfig):
@@ -113,6 +123,10 @@ def _parts(name: str, c: DecoderConfig):
         "mlp.up_proj": [("blocks/mlp/up_DF", turned)],
         "mlp.gate_proj": [("blocks/mlp/gate_DF", turned)],
         "mlp.down_proj": [("blocks/mlp/down_FD", turned)],
+        "mlp.gate": [("blocks/mlp/router_DE", turned)],
+        "mlp.experts": [("blocks/mlp/down_EFD", of_each)] if name.endswith("down_proj") else [
+            ("blocks/mlp/gate_EDF", lambda w: of_each(np.split(w, 2, axis=1)[0])),
+            ("blocks/mlp/up_EDF", lambda w: of_each(np.split(w, 2, axis=1)[1]))],
     }[module]
 
 

@@ -34,7 +34,8 @@ from lmjax.nn.rope import rope_frequencies
 from lmjax.state import abstract_params
 from lmjax.tree import named_leaves
 
-CASES = list(CONFIGS)
+# The experts of a layer stand in one tensor in transformers' memory, and apart in files: `test_interop_torch`.
+CASES = [case for case, config in CONFIGS.items() if not config.moe]
 
 
 def tensors(case: str) -> dict[str, np.ndarray]:
@@ -104,7 +105,7 @@ def test_tables_cover_every_weight_once():
         leaves = named_leaves(abstract_params(lambda key, config=config: Decoder(config, key)))
         for name, leaf in leaves.items():
             (row,) = [row for row in table if row.ours == name]
-            shape = leaf.shape[1:] if row.stacked else leaf.shape
+            shape = leaf.shape[len(row.at(0, config)[0][1]):] if row.stacked else leaf.shape
             ours = np.arange(1, 1 + np.prod(shape), dtype=np.float32).reshape(shape)
             there = row.to_theirs(ours, config)
             if row.third is not None:

@@ -11,8 +11,10 @@ from flax import nnx
 from goldens.make_hf_goldens import CASES, tokens, weight
 from test_interop import same_bytes
 
+from lmjax.axes import MeshConfig, make_mesh
 from lmjax.data import load_tokenizer, train_bpe
-from lmjax.interop.hf import read_hf, write_hf
+from lmjax.interop.hf import SINGLE, read_hf, write_hf
+from lmjax.interop.safetensors import TensorFile
 from lmjax.models import Decoder
 from lmjax.state import graphdef
 
@@ -59,6 +61,24 @@ def test_logits_there_and_back(case, tmp_path):
     assert same_bytes(read_hf(out)[1], params)
     swapped = dict(params, embed_VD=params["embed_VD"][::-1])
     assert np.abs(our_logits(config, swapped) - wanted).max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+def test_experts_have_their_own_tensors_byte_for_byte(case, tmp_path):
+    """The files of transformers, read and written: the same names, shapes and bytes, and placed on a mesh alike."""
+    theirs(case).save_pretrained(tmp_path / "theirs")
+    config, params = read_hf(tmp_path / "theirs")
+    ours, wanted = (TensorFile(folder / SINGLE) for folder in (write_hf(tmp_path / "ours", config, params),
+                                                              tmp_path / "theirs"))
+    assert ours.entries.keys() == wanted.entries.keys()
+    assert sum(".experts.1." in name for name in wanted.entries) == 3 * config.num_layers
+    for name in wanted.entries:
+        assert ours.read(name).tobytes() == wanted.read(name).tobytes(), name
+    mesh = make_mesh(MeshConfig(1, 2, 2, 2))
+    split = read_hf(tmp_path / "theirs", mesh=mesh)[1]
+    up = split["blocks"]["mlp"]["up_EDF"]
+    E, D, F = config.moe.num_experts // 2, config.d_model // 2, config.moe.d_ff // 2
+    assert up.sharding.shard_shape(up.shape) == (3, E, D, F) and same_bytes(split, params)
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 8}

@@ -26,6 +26,9 @@ RUNS = {
                             mesh=MeshConfig(1, 32, 8)),
     "gemma3-1b": RunConfig(batch_size=256, seq_len=2048, model=preset("gemma3-1b"), compute=BFLOAT16,
                            mesh=MeshConfig(-1, 16, 1)),
+    "mixtral-8x7b": RunConfig(batch_size=256, seq_len=2048, model=preset("mixtral-8x7b"),
+                              compute=ComputeConfig("bfloat16", "full", experts="ragged"),
+                              mesh=MeshConfig(-1, 8, 4, 8)),
     "quickstart": load_config(ROOT / "configs" / "quickstart.py", ["--model.vocab_size=2048", "--batch_size=256"]),
 }
 

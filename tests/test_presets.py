@@ -9,8 +9,12 @@ import pytest
 from flax import nnx
 
 from lmjax import tree
+from lmjax.axes import MeshConfig, abstract_mesh
+from lmjax.config import OptimConfig, RunConfig
 from lmjax.errors import ConfigError
 from lmjax.models import PRESETS, Decoder, DecoderConfig, RopeScaling, preset
+from lmjax.optim import make_optimizer
+from lmjax.plan import describe, make_plan
 
 # Exact parameters, shared matrices counted once. Each was also counted in a meta-device model of Hugging Face
 # transformers 5.23 built from the same config.json. Gemma 3 from 4B on: the language model alone.
@@ -42,6 +46,8 @@ PUBLISHED = {
     "gemma3-27b": 27_009_346_304,
     "mistral-7b": 7_241_732_096,
     "mistral-7b-v0.3": 7_248_023_552,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
     "smollm2-135m": 134_515_008,
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,
@@ -54,12 +60,17 @@ def parameters(config: DecoderConfig) -> int:
     return tree.count(nnx.state(nnx.eval_shape(lambda: Decoder(config))))
 
 
-def formula(c: DecoderConfig) -> int:
+def formula(c: DecoderConfig, active: bool = False) -> int:
     """The same number from the config alone."""
     D, N, H, L = c.d_model, c.num_heads, c.head_dim or c.d_model // c.num_heads, c.num_layers
     K, F = c.num_kv_heads or N, c.filled().d_ff
     norm = 2 * D if c.biases else D
-    block = 2 * D * H * (N + K) + (3 if c.gated else 2) * D * F + (4 if c.post_norms else 2) * norm
+    matrices = 3 if c.gated else 2
+    mlp = matrices * D * F
+    if c.moe:  # all experts and the router, or with `active`, those of one token
+        m = c.filled().moe
+        mlp = (m.experts_per_token if active else m.num_experts) * matrices * D * m.d_ff + D * m.num_experts
+    block = 2 * D * H * (N + K) + mlp + (4 if c.post_norms else 2) * norm
     block += (N * H + 2 * K * H + D + F + D) * c.biases + 2 * H * c.qk_norm
     embedding = c.vocab_size * D * (1 if c.tied else 2)
     embedding += c.max_seq_len * D if c.positions == "learned" else 0
@@ -67,7 +78,26 @@ def formula(c: DecoderConfig) -> int:
 
 
 def test_every_preset_has_a_number():
-    assert set(PRESETS) == set(PUBLISHED) | set(TINY)
+    assert set(PRESETS) == set(PUBLISHED) | set(TINY) | {"tiny-moe-1m"}
+
+
+@pytest.mark.parametrize("name, billions", [("mixtral-8x7b", 12.9), ("qwen3-30b-a3b", 3.35), ("tiny-moe-1m", 0.0013)])
+def test_parameters_that_a_token_meets(name, billions):
+    """Published: 12.9B of 46.7B (arXiv 2401.04088, section 1), and 3.3B of 30.5B (the model card of Qwen3-30B-A3B)."""
+    config = PRESETS[name] if PRESETS[name].vocab_size else preset(name, vocab_size=2048)
+    run = RunConfig(model=config, seq_len=1024)
+    plan = make_plan(run, make_optimizer(OptimConfig(), 1)[0], abstract_mesh(MeshConfig(), 1))
+    assert plan.num_params == formula(config)
+    assert plan.active_params == formula(config, active=True) == pytest.approx(billions * 1e9, rel=0.03)
+    c = config.filled()
+    matrices = formula(config, active=True) - c.num_layers * (2 * c.d_model + 2 * c.head_dim * c.qk_norm) - c.d_model
+    matrices -= 0 if c.tied else c.vocab_size * c.d_model  # the input embedding is looked up
+    attention = 12 * c.num_layers * c.num_heads * c.head_dim * (1024 + 1) / 2
+    assert plan.flops_per_token == pytest.approx(6 * matrices + attention, rel=1e-9)
+    assert f"a token meets {plan.active_params:,}" in describe(plan, run)
+    if name == "tiny-moe-1m":
+        dense = preset("tiny-1m", vocab_size=2048)
+        assert formula(config, active=True) - formula(dense) == 5 * 128 * 8, "the MLP's size, and a router"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

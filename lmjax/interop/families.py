@@ -13,7 +13,7 @@ from typing import Any
 from lmjax.errors import CheckpointError
 from lmjax.interop import names
 from lmjax.interop.settings import Settings
-from lmjax.models import DecoderConfig, RopeScaling
+from lmjax.models import DecoderConfig, MoEConfig, RopeScaling
 from lmjax.nn.rope import rope_magnitude
 
 # Their activation -> ours, and back. What they call gelu_new is GPT-2's tanh form as well.
@@ -243,6 +243,39 @@ def _unscaled_windows(s: Settings, config: DecoderConfig) -> DecoderConfig:
     return config
 
 
+# ---- mixtures of experts ---------------------------------------------------------------------------------------
+
+
+def _read_mixtral(s: Settings) -> DecoderConfig:
+    s.unused("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")  # of their training alone
+    config = _read_mistral(s)
+    moe = MoEConfig(s.int("num_local_experts"), s.int("num_experts_per_tok"), config.d_ff)
+    return dataclasses.replace(config, d_ff=0, moe=moe)
+
+
+def _write_mixtral(c: DecoderConfig) -> dict[str, Any]:
+    m = c.moe or MoEConfig()
+    return _write_mistral(c) | {"intermediate_size": m.d_ff, "num_local_experts": m.num_experts,
+                                "num_experts_per_tok": m.experts_per_token}
+
+
+def _read_qwen3_moe(s: Settings) -> DecoderConfig:
+    s.unused("output_router_logits", "router_aux_loss_coef")
+    s.must_be("decoder_sparse_step", 1)
+    s.must_be("mlp_only_layers", [])  # here every layer has experts, or none
+    # The models' own files say num_experts, transformers 5 writes num_local_experts.
+    moe = MoEConfig(s.int("num_local_experts", or_=s.int("num_experts")), s.int("num_experts_per_tok"),
+                    s.int("moe_intermediate_size"), renormalise=s.bool("norm_topk_prob"))
+    return _read_qwen(s, qk_norm=True, moe=moe)
+
+
+def _write_qwen3_moe(c: DecoderConfig) -> dict[str, Any]:
+    m = c.moe or MoEConfig()
+    return _write_qwen(c) | {"num_experts": m.num_experts, "num_experts_per_tok": m.experts_per_token,
+                             "moe_intermediate_size": m.d_ff, "norm_topk_prob": m.renormalise,
+                             "decoder_sparse_step": 1, "mlp_only_layers": []}
+
+
 # ---- Gemma -----------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +359,15 @@ FAMILIES = {family.model_type: family for family in (
     Family("qwen2", "Qwen2ForCausalLM", names.LLAMA, _QWEN, lambda s: _read_qwen(s, biases=True), _write_qwen),
     Family("qwen3", "Qwen3ForCausalLM", names.LLAMA, _QWEN | dict(head_dim=128),
            lambda s: _read_qwen(s, qk_norm=True), _write_qwen),
+    Family("mixtral", "MixtralForCausalLM", names.MIXTRAL,
+           _LLAMA | dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072,
+                         rms_norm_eps=1e-5, sliding_window=None, num_local_experts=8, num_experts_per_tok=2),
+           _read_mixtral, _write_mixtral),
+    Family("qwen3_moe", "Qwen3MoeForCausalLM", names.QWEN3_MOE,
+           _QWEN | dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=24, num_key_value_heads=4,
+                        decoder_sparse_step=1, moe_intermediate_size=768, num_experts_per_tok=8, num_experts=128,
+                        norm_topk_prob=False),
+           _read_qwen3_moe, _write_qwen3_moe),
     Family("gemma2", "Gemma2ForCausalLM", names.GEMMA,
            _GEMMA | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0), _read_gemma2, _write_gemma2),
     Family("gemma3_text", "Gemma3ForCausalLM", names.GEMMA,
@@ -379,7 +421,8 @@ def meaning(config: DecoderConfig) -> DecoderConfig:
     c = without_ntk(config.filled())
     c = dataclasses.replace(c, rope_scaling=_scaling_meaning(c.rope_scaling))
     windows = shortest_period([c.windows[i % len(c.windows)] for i in range(c.num_layers)])
-    c = dataclasses.replace(c, windows=windows, query_scale=float(f"{c.query_scale:.12g}"))
+    c = dataclasses.replace(c, windows=windows, query_scale=float(f"{c.query_scale:.12g}"),
+                            d_ff=0 if c.moe else c.d_ff)
     if c.positions != "rope":
         return dataclasses.replace(c, rope_theta=0.0, rope_local_theta=0.0, rope_scaling=None)
     if not any(windows):

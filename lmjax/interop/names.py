@@ -18,8 +18,8 @@ from lmjax.models import DecoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """there: the tensor's name, {layer} where there is one for each. ours: the path of the weight. axes: the
-    dimensions there. third: q, k and v stand side by side in the last dimension, and this is the first, second or
+    """there: the tensor's name, {layer} and {expert} where there is one for each. ours: the path of the weight. axes:
+    the dimensions there. third: q, k and v stand side by side in the last dimension, and this is the first, second or
     third. plus: ours is theirs plus this. pairs: the elements that RoPE turns together are neighbours there (half a
     head apart here).
     """
@@ -34,6 +34,23 @@ class Row:
     @property
     def stacked(self) -> bool:
         return "{layer}" in self.there
+
+    def at(self, layer: int | None, config: DecoderConfig) -> list[tuple[str, tuple[int, ...]]]:
+        """The tensors of a layer (None: where there are no layers), each with the place of it in our stack."""
+        if layer is None:
+            return [(self.there, ())]
+        if not self.per_expert:
+            return [(self.there.format(layer=layer), (layer,))]
+        return [(self.there.format(layer=layer, expert=e), (layer, e)) for e in range(config.moe.num_experts)]
+
+    @property
+    def per_expert(self) -> bool:
+        return "{expert}" in self.there
+
+    @property
+    def _ours(self) -> str:
+        """The letters of our weight, without those of which a tensor there holds one."""
+        return self.ours.rpartition("_")[2].removeprefix("E" if self.per_expert else "")
 
     def shape(self, config: DecoderConfig) -> tuple[int, ...]:
         """The shape of the tensor there."""
@@ -51,14 +68,14 @@ class Row:
         if self.pairs:
             at = letters.index("H")
             x = x.reshape(*split[:at], split[at] // 2, 2, *split[at + 1:]).swapaxes(at, at + 1).reshape(split)
-        x = x.transpose([letters.index(letter) for letter in self.ours.rpartition("_")[2]])
+        x = x.transpose([letters.index(letter) for letter in self._ours])
         return x.astype(np.float32) + np.float32(self.plus) if self.plus else x
 
     def to_theirs(self, weight: np.ndarray, config: DecoderConfig) -> np.ndarray:
         """The inverse of `to_ours`, of one third where there are thirds."""
         x = weight.astype(np.float32) - np.float32(self.plus) if self.plus else weight
         letters, split = self._letters(config)
-        x = x.transpose([self.ours.rpartition("_")[2].index(letter) for letter in letters])
+        x = x.transpose([self._ours.index(letter) for letter in letters])
         if self.pairs:
             at = letters.index("H")
             x = x.reshape(*split[:at], 2, split[at] // 2, *split[at + 1:]).swapaxes(at, at + 1)
@@ -74,7 +91,7 @@ def sizes(config: DecoderConfig) -> dict[str, int]:
     """How long each dimension is, by its letter."""
     c = config.filled()
     return {"V": c.vocab_size, "P": c.max_seq_len, "D": c.d_model, "N": c.num_heads, "K": c.num_kv_heads,
-            "H": c.head_dim, "F": c.d_ff}
+            "H": c.head_dim, "F": c.moe.d_ff if c.moe else c.d_ff, "E": c.moe.num_experts if c.moe else 0}
 
 
 # ---- Hugging Face ----------------------------------------------------------------------------------------------
@@ -123,6 +140,22 @@ LLAMA = (
     Row("model.layers.{layer}.mlp.down_proj.weight",         "blocks/mlp/down_FD",             "D F"),
     Row("model.norm.weight",                                 "final_norm/scale_D",             "D"),
     Row("lm_head.weight",                                    "out_VD",                         "V D"),
+)
+
+# Every expert has tensors of its own in files, whatever transformers holds in memory.
+QWEN3_MOE = (
+    *(row for row in LLAMA if ".mlp." not in row.there),
+    Row("model.layers.{layer}.mlp.gate.weight",              "blocks/mlp/router_DE",           "E D"),
+    Row("model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight", "blocks/mlp/gate_EDF",   "F D"),
+    Row("model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",   "blocks/mlp/up_EDF",     "F D"),
+    Row("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight", "blocks/mlp/down_EFD",   "D F"),
+)
+MIXTRAL = (
+    *(row for row in LLAMA if ".mlp." not in row.there),
+    Row("model.layers.{layer}.block_sparse_moe.gate.weight", "blocks/mlp/router_DE",           "E D"),
+    Row("model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight", "blocks/mlp/gate_EDF", "F D"),
+    Row("model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight", "blocks/mlp/up_EDF",   "F D"),
+    Row("model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight", "blocks/mlp/down_EFD", "D F"),
 )
 
 # Gemma 2 and 3 name their norms differently, and multiply by 1 + weight.

@@ -48,7 +48,7 @@ def expected(rows: list[Row], config: DecoderConfig) -> dict[str, tuple[int, ...
     for stacked, group in itertools.groupby(rows, key=lambda row: row.stacked):
         group = list(group)
         for layer in range(config.num_layers) if stacked else (None,):
-            shapes |= {row.there.format(layer=layer): row.shape(config) for row in group}
+            shapes |= {name: row.shape(config) for row in group for name, _ in row.at(layer, config)}
     return shapes
 
 
@@ -85,8 +85,10 @@ def read_params(source: Source, table: tuple[Row, ...], config: DecoderConfig, *
             continue
         stack = jnp.zeros(shape, dtype, device=sharding)
         for layer in range(config.num_layers):
-            weight = row.to_ours(source.read(row.there.format(layer=layer)), config)
-            stack = _setter(sharding)(stack, _place(weight, dtype, _of_layer(sharding)), layer)
+            for name, at in row.at(layer, config):
+                weight = row.to_ours(source.read(name), config)
+                start = np.array(at + (0,) * (len(shape) - len(at)), np.int32)
+                stack = _setter(sharding)(stack, _place(weight, dtype, _below(sharding, len(at))), start)
         found[row.ours] = stack
     return from_dict(like, found)
 
@@ -99,8 +101,11 @@ def _place(weight: np.ndarray, dtype: Any, sharding: Sharding) -> jax.Array:
 
 @functools.cache
 def _setter(sharding: Sharding):
-    return jax.jit(lambda stack, weight, layer: jax.lax.dynamic_update_index_in_dim(stack, weight, layer, 0),
-                   donate_argnums=0, out_shardings=sharding)
+    def put(stack, weight, start):
+        weight = weight.reshape((1,) * (stack.ndim - weight.ndim) + weight.shape)
+        return jax.lax.dynamic_update_slice(stack, weight, tuple(start))
+
+    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
 
 def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> Sharding:
@@ -109,10 +114,10 @@ def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> Sharding:
     return NamedSharding(mesh, weight_spec(name.rpartition("/")[2], shape, mesh))
 
 
-def _of_layer(sharding: Sharding) -> Sharding:
-    """Of one layer of a stack."""
+def _below(sharding: Sharding, depth: int) -> Sharding:
+    """Of one layer of a stack, or of one expert of a layer: without its first dimensions."""
     if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[depth:]))
     return sharding
 
 
@@ -122,13 +127,14 @@ def _of_layer(sharding: Sharding) -> Sharding:
 def tensors(params: dict, rows: list[Row], config: DecoderConfig, wanted: list[str]) -> Iterator[np.ndarray]:
     """The tensors called `wanted` in their layout, made one by one."""
     leaves = named_leaves(params)
-    by_name: dict[str, list[tuple[Row, int | None]]] = {}
+    by_name: dict[str, list[tuple[Row, tuple[int, ...]]]] = {}
     for row in rows:
         for layer in range(config.num_layers) if row.stacked else (None,):
-            by_name.setdefault(row.there.format(layer=layer), []).append((row, layer))
+            for name, at in row.at(layer, config):
+                by_name.setdefault(name, []).append((row, at))
     for name in wanted:
-        parts = [row.to_theirs(np.asarray(leaves[row.ours] if layer is None else leaves[row.ours][layer]), config)
-                 for row, layer in by_name[name]]
+        parts = [row.to_theirs(np.asarray(leaves[row.ours][at] if at else leaves[row.ours]), config)
+                 for row, at in by_name[name]]
         yield parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
 

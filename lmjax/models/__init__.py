@@ -5,6 +5,7 @@
 
 from lmjax.models.decoder import ComputeConfig, Decoder, DecoderConfig
 from lmjax.models.presets import PRESETS, preset
+from lmjax.nn.moe import MoEConfig
 from lmjax.nn.rope import RopeScaling
 
-__all__ = ["PRESETS", "ComputeConfig", "Decoder", "DecoderConfig", "RopeScaling", "preset"]
+__all__ = ["PRESETS", "ComputeConfig", "Decoder", "DecoderConfig", "MoEConfig", "RopeScaling", "preset"]

@@ -89,7 +89,7 @@ def _layers(model, x_BTD, positions_BT, attend_with, stacks, apart):
         stacks = list(stacks)
         for i in range(size):
             block = nnx.merge(graphdef, weights_of(g * period + i))
-            x_BTD, stacks[i] = block(x_BTD, rotations[windows[i] > 0], attend_with(stacks[i], g), windows[i])
+            x_BTD, stacks[i], _ = block(x_BTD, rotations[windows[i] > 0], attend_with(stacks[i], g), windows[i])
         return x_BTD, tuple(stacks)
 
     left = depth % period
@@ -148,13 +148,15 @@ def layers_apart(blocks: dict) -> tuple[dict, ...] | None:
 def matmul_weights(params: dict, dtype: str) -> dict:
     """The weights of matrix products inside the blocks in the compute dtype, so that no step casts them again.
 
-    They are those whose names have three letters or more, and the MLP's; norms and embeddings stay float32.
+    They are those whose names have three letters or more, and the MLP's; norms and embeddings stay float32, and so
+    does a router, which computes in it.
     """
     if dtype == "float32":
         return params
     blocks = dict(params["blocks"])
     for room in ("attention", "mlp"):
-        blocks[room] = {name: w.astype(dtype) if w.ndim > 2 else w for name, w in blocks[room].items()}
+        blocks[room] = {name: w.astype(dtype) if w.ndim > 2 and name != "router_DE" else w
+                        for name, w in blocks[room].items()}
     return params | {"blocks": blocks}
 
 

@@ -1,8 +1,8 @@
-"""The decoder: one pre-norm transformer that covers GPT-2, Llama, Qwen2/3, Gemma 2/3, Mistral and SmolLM.
+"""The decoder: one pre-norm transformer that covers GPT-2, Llama, Qwen2/3, Gemma 2/3, Mistral, Mixtral and SmolLM.
 
     x = embed(tokens)                         (+ learned positions, x embed_scale)
     x = x + attention(norm(x))                for each of L blocks
-    x = x + mlp(norm(x))
+    x = x + mlp(norm(x))                      or a mixture of experts (`lmjax.nn.moe`)
     logits = norm(x) @ head                   (head = embed where tied)
 
 Weights are named after their shapes (`q_DNH`), which is also how they are sharded (`lmjax.axes`). Blocks
@@ -13,8 +13,6 @@ models in `lmjax.models.presets`.
 """
 
 import dataclasses
-import math
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +20,14 @@ from flax import nnx
 
 from lmjax.axes import constrain
 from lmjax.models import cached
+from lmjax.models.experts import MoE
+from lmjax.models.initial import EMBED_STD, cast, full_weight, random_weight
 from lmjax.nn.attention import self_attention
 from lmjax.nn.cache import Cache, CacheConfig
 from lmjax.nn.context import choose_context, context_attention, from_zigzag, split_ways, to_zigzag
 from lmjax.nn.linear import project
 from lmjax.nn.mlp import ACTIVATIONS, feed_forward
+from lmjax.nn.moe import MoEConfig, RouterSums
 from lmjax.nn.norm import layer_norm, rms_norm
 from lmjax.nn.rope import RopeScaling, apply_rope, rope_frequencies, rope_magnitude, rotation
 
@@ -64,6 +65,7 @@ class DecoderConfig:
     logit_softcap: float = 0.0  # 0: none
     query_scale: float = 0.0  # scores are multiplied by it; 0: head_dim ** -0.5
     scale_embed: bool = False  # multiply embeddings by sqrt(d_model) (Gemma)
+    moe: MoEConfig | None = None  # experts in place of every layer's MLP
 
     def __post_init__(self):
         self.windows = tuple(self.windows)
@@ -75,7 +77,8 @@ class DecoderConfig:
         return dataclasses.replace(
             self, d_ff=d_ff, head_dim=head_dim, num_kv_heads=self.num_kv_heads or self.num_heads,
             rope_local_theta=self.rope_local_theta or self.rope_theta,
-            query_scale=self.query_scale or max(head_dim, 1) ** -0.5)
+            query_scale=self.query_scale or max(head_dim, 1) ** -0.5,
+            moe=self.moe and self.moe.filled(d_ff))
 
     def problems(self, prefix: str = "model") -> list[str]:
         """Everything that is wrong with these fields, one line each."""
@@ -104,6 +107,11 @@ class DecoderConfig:
             bad.append(f"{prefix}.windows={str(self.windows)[:80]}: give at least one window, each 0 (all) or more")
         if self.rope_scaling:
             bad += self.rope_scaling.problems(f"{prefix}.rope_scaling")
+        if self.moe:
+            bad += self.moe.problems(f"{prefix}.moe")
+            if self.biases and not self.gated:
+                bad.append(f"{prefix}.biases=True: experts have none; set it to False, or {prefix}.gated=True, where "
+                           "biases are those of q, k and v alone")
         if bad:
             return bad
         c = self.filled()
@@ -128,8 +136,9 @@ class ComputeConfig:
     soft-cap). layers: "scan" compiles one layer (or one period of the window pattern) and loops over it, "unroll"
     compiles them all, which a CPU runs a little faster; "auto" unrolls a few layers on a CPU. context: where
     mesh.context splits rows, "gather" brings the keys of a whole row to every device, "ring" sends them round; "auto"
-    is the ring from 131,072 tokens a row on. deterministic: GPUs give the same bits every time, a little slower (XLA's
-    --xla_gpu_deterministic_ops); TPUs and CPUs always do.
+    is the ring from 131,072 tokens a row on. experts: the product that a mixture of experts is made of, "ragged"
+    (XLA's ragged_dot) or "blocks" (a loop over blocks of rows); "auto" takes blocks on a CPU. deterministic: GPUs give
+    the same bits every time, a little slower (XLA's --xla_gpu_deterministic_ops); TPUs and CPUs always do.
     """
 
     dtype: str = "float32"
@@ -137,12 +146,14 @@ class ComputeConfig:
     attention: str = "auto"
     layers: str = "auto"
     context: str = "auto"
+    experts: str = "auto"
     deterministic: bool = False
 
     def problems(self, prefix: str = "compute") -> list[str]:
         choices = {"dtype": ("float32", "bfloat16"), "remat": tuple(REMAT),
                    "attention": ("auto", "reference", "blockwise", "splash", "cudnn"),
-                   "layers": ("auto", "scan", "unroll"), "context": ("auto", "gather", "ring")}
+                   "layers": ("auto", "scan", "unroll"), "context": ("auto", "gather", "ring"),
+                   "experts": ("auto", "ragged", "blocks")}
         return [f"{prefix}.{name}={getattr(self, name)!r}: choose one of {', '.join(values)}"
                 for name, values in choices.items() if getattr(self, name) not in values]
 
@@ -166,42 +177,19 @@ def scan_layers(layers: str, depth: int) -> tuple[bool, str]:
     return True, "one layer to compile, whatever the depth"
 
 
-EMBED_STD = 0.02  # of token and position embeddings
-
-
-def _random(key: jax.Array, name: str, shape: tuple[int, ...], std: float) -> nnx.Param:
-    """Uniform with mean 0 and the given std, float32; the key depends on the name, so adding a weight
-    changes no other.
-
-    The random bits become a float in [-1/2, 1/2) exactly, and one multiplication follows: no compiler, mesh
-    or kind of device can round it differently. A normal's inverse error function has no such luck.
-    """
-    bits = jax.random.bits(jax.random.fold_in(key, zlib.crc32(name.encode())), shape, jnp.uint32)
-    one_to_two = jax.lax.bitcast_convert_type((bits >> 9) | jnp.uint32(0x3F800000), jnp.float32)
-    return nnx.Param((one_to_two - 1.5) * jnp.float32(math.sqrt(12) * std))
-
-
-def _full(shape: tuple[int, ...], value: float, present: bool = True) -> nnx.Param | None:
-    return nnx.Param(jnp.full(shape, value, jnp.float32)) if present else None
-
-
-def _cast(weight: nnx.Param | None, dtype: jnp.dtype) -> jax.Array | None:
-    return None if weight is None else weight[...].astype(dtype)
-
-
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm with its scale (and bias)."""
 
     def __init__(self, config: DecoderConfig):
         self.eps = config.norm_eps
         self.rms = config.norm == "rmsnorm"
-        self.scale_D = _full((config.d_model,), 1.0)
-        self.bias_D = _full((config.d_model,), 0.0, config.biases and not self.rms)
+        self.scale_D = full_weight((config.d_model,), 1.0)
+        self.bias_D = full_weight((config.d_model,), 0.0, config.biases and not self.rms)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.rms:
             return rms_norm(x, self.scale_D[...], self.eps)
-        return layer_norm(x, self.scale_D[...], _cast(self.bias_D, jnp.float32), self.eps)
+        return layer_norm(x, self.scale_D[...], cast(self.bias_D, jnp.float32), self.eps)
 
 
 class Attention(nnx.Module):
@@ -213,16 +201,16 @@ class Attention(nnx.Module):
         c = config
         D, N, K, H = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
         self.config = c
-        self.q_DNH = _random(key, "q_DNH", (D, N, H), D**-0.5)
-        self.k_DKH = _random(key, "k_DKH", (D, K, H), D**-0.5)
-        self.v_DKH = _random(key, "v_DKH", (D, K, H), D**-0.5)
-        self.o_NHD = _random(key, "o_NHD", (N, H, D), EMBED_STD * (N * H * 2 * c.num_layers) ** -0.5)
-        self.q_NH = _full((N, H), 0.0, c.biases)
-        self.k_KH = _full((K, H), 0.0, c.biases)
-        self.v_KH = _full((K, H), 0.0, c.biases)
-        self.o_D = _full((D,), 0.0, c.biases and not c.gated)
-        self.q_scale_H = _full((H,), 1.0, c.qk_norm)
-        self.k_scale_H = _full((H,), 1.0, c.qk_norm)
+        self.q_DNH = random_weight(key, "q_DNH", (D, N, H), D**-0.5)
+        self.k_DKH = random_weight(key, "k_DKH", (D, K, H), D**-0.5)
+        self.v_DKH = random_weight(key, "v_DKH", (D, K, H), D**-0.5)
+        self.o_NHD = random_weight(key, "o_NHD", (N, H, D), EMBED_STD * (N * H * 2 * c.num_layers) ** -0.5)
+        self.q_NH = full_weight((N, H), 0.0, c.biases)
+        self.k_KH = full_weight((K, H), 0.0, c.biases)
+        self.v_KH = full_weight((K, H), 0.0, c.biases)
+        self.o_D = full_weight((D,), 0.0, c.biases and not c.gated)
+        self.q_scale_H = full_weight((H,), 1.0, c.qk_norm)
+        self.k_scale_H = full_weight((H,), 1.0, c.qk_norm)
 
     def qkv(self, x_BTD, cos_sin):
         """Queries, keys and values with norms and rotations applied, in x's dtype. cos_sin: of `rotation`, or None
@@ -231,7 +219,7 @@ class Attention(nnx.Module):
 
         def with_bias(weight, bias):
             y = project("BTD,DNH->BTNH", x_BTD, weight[...])
-            return y if bias is None else y + _cast(bias, dtype)
+            return y if bias is None else y + cast(bias, dtype)
 
         q = with_bias(self.q_DNH, self.q_NH)
         k = with_bias(self.k_DKH, self.k_KH)
@@ -245,7 +233,7 @@ class Attention(nnx.Module):
 
     def out(self, y_BTNH):
         y_BTD = project("BTNH,NHD->BTD", y_BTNH, self.o_NHD[...])
-        return y_BTD if self.o_D is None else y_BTD + _cast(self.o_D, y_BTNH.dtype)
+        return y_BTD if self.o_D is None else y_BTD + cast(self.o_D, y_BTNH.dtype)
 
 
 class MLP(nnx.Module):
@@ -255,37 +243,40 @@ class MLP(nnx.Module):
         c = config
         D, F = c.d_model, c.d_ff
         self.activation = c.activation
-        self.up_DF = _random(key, "up_DF", (D, F), D**-0.5)
-        self.gate_DF = _random(key, "gate_DF", (D, F), D**-0.5) if c.gated else None
-        self.down_FD = _random(key, "down_FD", (F, D), EMBED_STD * (F * 2 * c.num_layers) ** -0.5)
-        self.up_F = _full((F,), 0.0, c.biases and not c.gated)
-        self.down_D = _full((D,), 0.0, c.biases and not c.gated)
+        self.up_DF = random_weight(key, "up_DF", (D, F), D**-0.5)
+        self.gate_DF = random_weight(key, "gate_DF", (D, F), D**-0.5) if c.gated else None
+        self.down_FD = random_weight(key, "down_FD", (F, D), EMBED_STD * (F * 2 * c.num_layers) ** -0.5)
+        self.up_F = full_weight((F,), 0.0, c.biases and not c.gated)
+        self.down_D = full_weight((D,), 0.0, c.biases and not c.gated)
 
     def __call__(self, x_BTD):
         up, gate, down, up_F, down_D = (
-            _cast(w, x_BTD.dtype) for w in (self.up_DF, self.gate_DF, self.down_FD, self.up_F, self.down_D))
+            cast(w, x_BTD.dtype) for w in (self.up_DF, self.gate_DF, self.down_FD, self.up_F, self.down_D))
         return feed_forward(x_BTD, up, down, self.activation, gate, up_F, down_D)
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), where the MLP may be a mixture of experts."""
 
-    def __init__(self, config: DecoderConfig, key: jax.Array):
+    def __init__(self, config: DecoderConfig, key: jax.Array, experts: str = "auto"):
         self.attention_norm, self.mlp_norm = Norm(config), Norm(config)
         self.attention_post_norm = Norm(config) if config.post_norms else None
         self.mlp_post_norm = Norm(config) if config.post_norms else None
         self.attention = Attention(config, jax.random.fold_in(key, 0))
-        self.mlp = MLP(config, jax.random.fold_in(key, 1))
+        key = jax.random.fold_in(key, 1)
+        self.mlp = MoE(config, key, experts) if config.moe else MLP(config, key)
 
-    def __call__(self, x_BTD, cos_sin, attend, window: int):
-        """`attend(q, k, v, window) -> (y_BTNH, extra)`; returns (x, extra)."""
+    def __call__(self, x_BTD, cos_sin, attend, window: int, weights_BT=None):
+        """`attend(q, k, v, window) -> (y_BTNH, extra)`; returns (x, extra, sums). sums: a mixture's `RouterSums` over
+        tokens with these weights; None where there are none, or no mixture."""
         q, k, v = self.attention.qkv(self.attention_norm(x_BTD), cos_sin)
         y, extra = attend(q, k, v, window)
         y = self.attention.out(y)
         x_BTD = constrain(x_BTD + (self.attention_post_norm(y) if self.attention_post_norm else y), "BTD")
-        y = self.mlp(self.mlp_norm(x_BTD))
+        y = self.mlp_norm(x_BTD)
+        y, sums = self.mlp(y, weights_BT) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
         x_BTD = constrain(x_BTD + (self.mlp_post_norm(y) if self.mlp_post_norm else y), "BTD")
-        return x_BTD, extra
+        return x_BTD, extra, sums
 
 
 class Decoder(nnx.Module):
@@ -304,13 +295,13 @@ class Decoder(nnx.Module):
         key = jax.random.key(seed) if isinstance(seed, int) else seed
         self.config = c
         self.compute = dataclasses.replace(compute or ComputeConfig())
-        self.embed_VD = _random(key, "embed_VD", (c.vocab_size, c.d_model), EMBED_STD)
-        self.position_PD = (_random(key, "position_PD", (c.max_seq_len, c.d_model), EMBED_STD)
+        self.embed_VD = random_weight(key, "embed_VD", (c.vocab_size, c.d_model), EMBED_STD)
+        self.position_PD = (random_weight(key, "position_PD", (c.max_seq_len, c.d_model), EMBED_STD)
                             if c.positions == "learned" else None)
         layer_keys = jax.random.split(jax.random.fold_in(key, 1), c.num_layers)
-        self.blocks = nnx.vmap(lambda k: Block(c, k))(layer_keys)
+        self.blocks = nnx.vmap(lambda k: Block(c, k, self.compute.experts))(layer_keys)
         self.final_norm = Norm(c)
-        self.out_VD = None if c.tied else _random(key, "out_VD", (c.vocab_size, c.d_model), c.d_model**-0.5)
+        self.out_VD = None if c.tied else random_weight(key, "out_VD", (c.vocab_size, c.d_model), c.d_model**-0.5)
 
     @property
     def head_VD(self) -> jax.Array:
@@ -324,12 +315,22 @@ class Decoder(nnx.Module):
         segments_BT: int ids of the documents packed in a row; tokens see only their own. None: one
         document a row. positions_BT: position of each token in its document; None: 0, 1, 2, …
         """
+        return self.hidden_and_router(tokens_BT, segments_BT, positions_BT)[0]
+
+    def hidden_and_router(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None,
+                          positions_BT: jax.Array | None = None,
+                          weights_BT: jax.Array | None = None) -> tuple[jax.Array, RouterSums | None]:
+        """(`hidden`, what the losses of the routers need, of each layer, over tokens with these float32 weights).
+
+        The second is None without weights and in models without experts.
+        """
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         c, T = self.config, tokens_BT.shape[1]
         ways = split_ways(T)  # of a row's tokens over the mesh; the layers then see them in another order
         if ways > 1:
-            tokens_BT, segments_BT, positions_BT = to_zigzag((tokens_BT, segments_BT, positions_BT), ways)
+            tokens_BT, segments_BT, positions_BT, weights_BT = to_zigzag(
+                (tokens_BT, segments_BT, positions_BT, weights_BT), ways)
 
         def attend(q, k, v, window):
             terms = {"scale": c.query_scale, "softcap": c.attention_softcap, "window": window}
@@ -338,9 +339,10 @@ class Decoder(nnx.Module):
                 return context_attention(q, k, v, segments_BT, ways=ways, method=method, **terms), None
             return self_attention(q, k, v, segments_BT, implementation=self.compute.attention, **terms), None
 
-        x_BTD, _ = self._blocks(self._embed(tokens_BT, positions_BT), positions_BT, lambda _: attend, None)
+        x_BTD, (_, sums) = self._blocks(self._embed(tokens_BT, positions_BT), positions_BT, lambda _: attend, None,
+                                        weights_BT)
         x_BTD = self.final_norm(x_BTD)
-        return from_zigzag(x_BTD, ways) if ways > 1 else x_BTD
+        return from_zigzag(x_BTD, ways) if ways > 1 else x_BTD, sums
 
     def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None,
                  positions_BT: jax.Array | None = None) -> jax.Array:
@@ -390,12 +392,12 @@ class Decoder(nnx.Module):
         local = turns(c.rope_local_theta, None) if any(c.windows) else None
         return everywhere, local
 
-    def _blocks(self, x_BTD, positions_BT, attend_with, extras):
+    def _blocks(self, x_BTD, positions_BT, attend_with, extras, weights_BT=None):
         """Runs every layer: whole periods of the window pattern in a scan, what is left over after it.
 
         Windows stay static inside the scan's body, so that masked blocks are skipped. `extras` is a pytree with
         a leading layer dimension: each layer's slice makes its `attend`, whose second result is stacked in its
-        place.
+        place, beside the sums of each layer's router.
         """
         graphdef, params = nnx.split(self.blocks)
         windows, depth = self.config.windows, self.config.num_layers
@@ -407,8 +409,9 @@ class Decoder(nnx.Module):
             params, extra = params_and_extra
             run = REMAT[self.compute.remat](
                 lambda p, x, extra: nnx.merge(graphdef, p)(
-                    x, rotations[windows[i] > 0], attend_with(extra), windows[i]), scanned)
-            return run(params, x, extra)
+                    x, rotations[windows[i] > 0], attend_with(extra), windows[i], weights_BT), scanned)
+            x, *out = run(params, x, extra)
+            return x, tuple(out)
 
         def group(x, stacked):
             outs = []

@@ -17,6 +17,7 @@ from typing import Any
 
 from lmjax.errors import ConfigError
 from lmjax.models.decoder import DecoderConfig
+from lmjax.nn.moe import MoEConfig
 from lmjax.nn.rope import RopeScaling
 
 
@@ -67,6 +68,12 @@ _GEMMA3_LONG = dataclasses.replace(_GEMMA3, vocab_size=262208, max_seq_len=13107
 _MISTRAL = DecoderConfig(vocab_size=32000, max_seq_len=32768, norm_eps=1e-5, windows=(4096,), tied=False)
 _MISTRAL03 = dataclasses.replace(_MISTRAL, vocab_size=32768, rope_theta=1_000_000.0, windows=(0,))
 
+# mistralai/Mixtral-8x7B-v0.1 (intermediate_size is that of an expert)
+_MIXTRAL = dataclasses.replace(_MISTRAL, windows=(0,), rope_theta=1_000_000.0, moe=MoEConfig(8, 2, 14336))
+
+# Qwen/Qwen3-30B-A3B (norm_topk_prob; intermediate_size 6144 belongs to no layer)
+_QWEN3_MOE = dataclasses.replace(_QWEN3, tied=False, moe=MoEConfig(128, 8, 768))
+
 # HuggingFaceTB/SmolLM2-135M, -360M, -1.7B
 _SMOLLM2 = DecoderConfig(vocab_size=49152, max_seq_len=8192, norm_eps=1e-5, rope_theta=100_000.0)
 
@@ -84,6 +91,9 @@ PRESETS: dict[str, DecoderConfig] = {
     "tiny-10m": _size(_TINY,           8,   320,     5),
     "tiny-30m": _size(_TINY,           9,   512,     8),
     "tiny-100m": _size(_TINY,         14,   768,    12),
+
+    # tiny-1m with eight experts a layer, of which two, together as wide as its MLP, serve a token
+    "tiny-moe-1m": _size(_TINY,        5,   128,     2, moe=MoEConfig(8, 2)),
 
     "gpt2-124m": _size(_GPT2,         12,   768,    12),
     "gpt2-355m": _size(_GPT2,         24,  1024,    16),
@@ -118,6 +128,9 @@ PRESETS: dict[str, DecoderConfig] = {
 
     "mistral-7b": _size(_MISTRAL,     32,  4096,    32,  8, 14336),
     "mistral-7b-v0.3": _size(_MISTRAL03, 32, 4096,  32,  8, 14336),
+
+    "mixtral-8x7b": _size(_MIXTRAL,   32,  4096,    32,  8),
+    "qwen3-30b-a3b": _size(_QWEN3_MOE, 48, 2048,    32,  4),
 
     "smollm2-135m": _size(_SMOLLM2,   30,   576,     9,  3,  1536),
     "smollm2-360m": _size(_SMOLLM2,   32,   960,    15,  5,  2560),

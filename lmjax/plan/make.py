@@ -9,6 +9,7 @@ from collections.abc import Callable
 from lmjax.axes import MESH_AXES, abstract_mesh
 from lmjax.config import RunConfig, fit_vocabulary, to_json, validate
 from lmjax.data import SourceConfig, load_tokenizer
+from lmjax.errors import ConfigError
 from lmjax.models.decoder import REMAT
 from lmjax.nn.attention import choose_attention
 from lmjax.optim import make_optimizer
@@ -27,6 +28,9 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
     Raises ConfigError with every problem, those of slices among them.
     """
     compute, devices = config.compute, machine.num_devices
+    if config.model.moe:
+        raise ConfigError("model.moe: the roofline does not know mixtures of experts yet; `lmjax train --dry-run` has "
+                          "their parameters, bytes and FLOPs")
     if compute.attention == "auto" and config.mesh.context == 1:
         chosen = choose_attention("auto", config.seq_len, compute.dtype, machine.chip.kind)[0]
         compute = dataclasses.replace(compute, attention=chosen)

@@ -23,11 +23,13 @@ from lmjax.tree import count, named_leaves
 
 @dataclasses.dataclass
 class Plan:
-    """state: the TrainState as shapes. flops_per_token: training FLOPs, forward and backward."""
+    """state: the TrainState as shapes. flops_per_token: training FLOPs, forward and backward. active_params: those
+    that one token meets, all but the experts that it has not chosen."""
 
     mesh: Mesh | AbstractMesh
     state: TrainState
     flops_per_token: float
+    active_params: int
 
     @property
     def num_params(self) -> int:
@@ -39,12 +41,14 @@ def make_plan(config: RunConfig, tx: optax.GradientTransformation, mesh: Mesh | 
     state = jax.eval_shape(make_init(lambda key: Decoder(config.model, key), tx, config.guard),
                            jax.random.key(0))
     c = config.model.filled()
-    matrices = sum(math.prod(leaf.shape) for name, leaf in named_leaves(state.params).items()
-                   if name.startswith("blocks/") and re.search(r"_(D[A-Z]+|[A-Z]+D)$", name))
+    met = {name: math.prod(leaf.shape) * (flops.used_share(name, c.moe.num_experts, c.moe.experts_per_token)
+                                          if c.moe else 1) for name, leaf in named_leaves(state.params).items()}
+    matrices = sum(size for name, size in met.items()
+                   if name.startswith("blocks/") and re.search(r"_(E?D[A-Z]+|[A-Z]+D)$", name))
     matrices += c.vocab_size * c.d_model  # the output matrix; the input embedding is only looked up
     windows = [c.windows[i % len(c.windows)] for i in range(c.num_layers)]
     per_token = flops.per_token(matrices, c.num_heads, c.head_dim, windows, config.seq_len)
-    return Plan(mesh, state, per_token)
+    return Plan(mesh, state, per_token, round(sum(met.values())))
 
 
 def bytes_per_device(tree: Any, placed: Any) -> int:
@@ -88,9 +92,10 @@ def describe(plan: Plan, config: RunConfig) -> str:
     params = bytes_per_device(plan.state.params, placed.params)
     moments = bytes_per_device(plan.state.opt_state, placed.opt_state)
     axes = " x ".join(f"{name}={size}" for name, size in plan.mesh.shape.items())
+    active = f"; a token meets {plan.active_params:,} ({format_count(plan.active_params)})" if config.model.moe else ""
     return "\n".join([
         f"mesh         {axes} ({plan.mesh.size} device{'s' if plan.mesh.size > 1 else ''})",
-        f"parameters   {plan.num_params:,} ({format_count(plan.num_params)}), float32",
+        f"parameters   {plan.num_params:,} ({format_count(plan.num_params)}), float32{active}",
         f"state/device {format_bytes(params)} weights + {format_bytes(moments)} optimizer"
         f"{' (split over data, ZeRO-1)' if config.mesh.zero1 else ''} "
         f"+ {format_bytes(params)} gradients; activations come on top",

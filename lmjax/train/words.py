@@ -16,6 +16,7 @@ from lmjax.log import RunLog, format_count
 from lmjax.models.decoder import scan_layers
 from lmjax.nn.attention import choose_attention
 from lmjax.nn.context import choose_context
+from lmjax.nn.grouped import choose_experts
 from lmjax.optim import make_optimizer
 from lmjax.plan import describe, make_plan, parameter_table
 
@@ -41,6 +42,8 @@ def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Bat
     attention, why = (choose_context(config.compute.context, config.seq_len) if split else
                       choose_attention(config.compute.attention, config.seq_len, config.compute.dtype))
     scanned, why_scanned = scan_layers(config.compute.layers, config.model.num_layers)
+    moe = config.model.moe and config.model.filled().moe
+    products, why_products = choose_experts(config.compute.experts)
     peak = flops.peak(devices[0].device_kind, config.compute.dtype)
     mfu = "MFU against its bfloat16 peak" if peak else "MFU n/a: its peak in this dtype is not known"
     goldfish = config.objective.goldfish
@@ -50,6 +53,8 @@ def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Bat
         describe(plan, config),
         f"compute      {config.compute.dtype}, remat {config.compute.remat}, attention {attention} ({why}), "
         f"{'scanned' if scanned else 'unrolled'} layers ({why_scanned})",
+        *([f"experts      {moe.experts_per_token} of {moe.num_experts} a token, {moe.d_ff} wide, {moe.router} router; "
+           f"{products} ({why_products})"] if moe else []),
         f"data         {batches.rows_per_epoch:,} training rows, "
         f"{batches.epoch(config.total_steps):.2f} epochs; tokenizer "
         f"{corpus.tokenizer.name} ({corpus.tokenizer.vocab_size:,} tokens)",

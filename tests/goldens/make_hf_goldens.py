@@ -61,6 +61,13 @@ CASES = {
             full_attention=dict(rope_type="linear", rope_theta=1_000_000.0, factor=8.0),
             sliding_attention=dict(rope_type="default", rope_theta=10_000.0)),
         layer_types=["sliding_attention"] * 2 + ["full_attention"] + ["sliding_attention"] * 2)),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", dict(
+        _SIZES, rms_norm_eps=1e-5, tie_word_embeddings=False, num_local_experts=4, num_experts_per_tok=2,
+        rope_parameters=dict(rope_type="default", rope_theta=10_000.0))),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", dict(
+        _SIZES, rms_norm_eps=1e-6, tie_word_embeddings=False, num_experts=6, num_experts_per_tok=3,
+        moe_intermediate_size=40, norm_topk_prob=False,
+        rope_parameters=dict(rope_type="default", rope_theta=1_000_000.0))),
 }
 
 
@@ -79,8 +86,8 @@ def weight(case: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
     draw = np.random.RandomState(zlib.crc32(f"{case}/{name}".encode())).standard_normal(shape)
     if "embed_tokens" in name or "lm_head" in name or "wte" in name or "wpe" in name:
         std, mean = (0.3, 0.0)
-    elif len(shape) == 2:
-        std, mean = (1.5 / math.sqrt(shape[0 if case == "gpt2" else 1]), 0.0)
+    elif len(shape) >= 2:  # three: of all experts
+        std, mean = (1.5 / math.sqrt(shape[0 if case == "gpt2" else -1]), 0.0)
     else:  # Gemma's norms scale by 1 + w
         std, mean = (0.2, 0.0 if name.endswith("bias") or case.startswith("gemma") else 1.0)
     return (mean + std * draw).astype(np.float32)
@@ -98,6 +105,7 @@ def golden(case: str) -> dict:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(weight(case, name, tuple(parameter.shape))))
+    model.config._experts_implementation = "eager"  # the only one that takes float64
     model = model.double()
     ids = torch.from_numpy(tokens().astype(np.int64))
     logits = model(input_ids=ids, use_cache=False).logits
