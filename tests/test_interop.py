@@ -249,7 +249,7 @@ def test_both_forms_of_a_config_say_the_same(case):
     ("llama3", {"residual_multiplier": 0.22}, "residual_multiplier=0.22"),
     ("llama3", {"hidden_size": "48"}, "hidden_size='48': expected a whole number"),
     ("llama3", {"num_key_value_heads": 3}, "num_kv_heads=3 does not divide"),
-    ("llama3", {"model_type": "mixtral"}, "model_type='mixtral' is not supported; supported are llama"),
+    ("llama3", {"model_type": "falcon"}, "model_type='falcon' is not supported; supported are llama"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ("mistral", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "together with sliding windows"),
     ("qwen3", {"layer_types": ["sliding_attention"] * 3, "sliding_window": 8}, "use_sliding_window"),

@@ -83,13 +83,13 @@ def on_mesh(mesh: MeshConfig, args, implementation: str):
 def test_rows_that_the_mesh_does_not_divide(rows, implementation):
     """As in decoding; and XLA's own product under shard_map."""
     args = problem(rows)
-    ours, _ = on_mesh(MeshConfig(2, 1, 2, 2), args, implementation)
+    ours, _ = on_mesh(MeshConfig(2, 1, 2, expert=2), args, implementation)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max()), ours, reference(*args))
 
 
 def test_tokens_are_gathered_over_the_expert_axis_alone():
     """What the device that has an expert receives: rows of its group, never those of the whole batch."""
-    _, text = on_mesh(MeshConfig(4, 1, 1, 2), problem(8), "blocks")
+    _, text = on_mesh(MeshConfig(4, 1, 1, expert=2), problem(8), "blocks")
     gathers = [line for line in text.splitlines() if " all-gather(" in line or " reduce-scatter(" in line]
     assert len(gathers) > 3 and all("{{0,1},{2,3},{4,5},{6,7}}" in line for line in gathers), gathers
 
@@ -99,5 +99,5 @@ def test_an_expert_on_the_wrong_device_would_be_seen(monkeypatch):
     right = moe.experts
     monkeypatch.setattr(moe, "experts", lambda *args: right(*args[:-1], 0 * args[-1]))
     args = problem(8)
-    ours, _ = on_mesh(MeshConfig(4, 1, 1, 2), args, "blocks")
+    ours, _ = on_mesh(MeshConfig(4, 1, 1, expert=2), args, "blocks")
     assert np.abs(ours[0] - reference(*args)[0]).max() > 0.1
