@@ -7,8 +7,8 @@ those weights, E experts, and A chosen by each token, a layer adds to the mean l
     z         mean of logsumexp(logits)^2                             (ST-MoE, arXiv 2202.08906, eq. 5)
 
 times its coefficient. balance is 1 where all experts are chosen alike and have the same scores. Transformers'
-`load_balancing_loss_func` does not divide by A, and takes f and P over all layers at once: its coefficient is about
-A / L of one here, for L layers.
+`load_balancing_loss_func` does not divide by A, and takes f and P over all L layers at once: its coefficient c does
+about what c A / L does here.
 
 Both leave here as sums, to be divided by the weight of the whole global batch. z is then a mean over that batch
 exactly. balance is a product of two means: those of one micro-batch, over all devices. With accumulate = 1 that is the
