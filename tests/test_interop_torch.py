@@ -74,7 +74,7 @@ def test_experts_have_their_own_tensors_byte_for_byte(case, tmp_path):
     assert sum(".experts.1." in name for name in wanted.entries) == 3 * config.num_layers
     for name in wanted.entries:
         assert ours.read(name).tobytes() == wanted.read(name).tobytes(), name
-    mesh = make_mesh(MeshConfig(1, 2, 2, 2))
+    mesh = make_mesh(MeshConfig(1, 2, 2, expert=2))
     split = read_hf(tmp_path / "theirs", mesh=mesh)[1]
     up = split["blocks"]["mlp"]["up_EDF"]
     E, D, F = config.moe.num_experts // 2, config.d_model // 2, config.moe.d_ff // 2
