@@ -28,7 +28,7 @@ RUNS = {
                            mesh=MeshConfig(-1, 16, 1)),
     "mixtral-8x7b": RunConfig(batch_size=256, seq_len=2048, model=preset("mixtral-8x7b"),
                               compute=ComputeConfig("bfloat16", "full", experts="ragged"),
-                              mesh=MeshConfig(-1, 8, 4, 8)),
+                              mesh=MeshConfig(-1, 8, 4, expert=8)),
     "quickstart": load_config(ROOT / "configs" / "quickstart.py", ["--model.vocab_size=2048", "--batch_size=256"]),
 }
 
