@@ -251,6 +251,7 @@ def test_help_of_bench_imports_no_jax():
     assert done.stdout.endswith("False False\n")
 
 
+@pytest.mark.slow
 def test_bench_step(capsys):
     assert main(["bench", "step", "--smoke"]) == 0
     found = last_line(capsys)
@@ -268,6 +269,7 @@ def test_bench_loss(capsys):
     assert result["ratios"].keys() == {"chunked 1 MiB"}
 
 
+@pytest.mark.slow
 def test_bench_decode(capsys):
     assert main(["bench", "decode", "--smoke"]) == 0
     found = last_line(capsys)["batches"]["2"]

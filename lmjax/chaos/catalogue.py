@@ -33,7 +33,7 @@ FAULTS = (
     Fault(K.kill_while_saving, "kill -9 while a checkpoint is written", RESUMES, 20, "", True),
     Fault(K.kill_five_times, "kill -9 five times in one run", RESUMES, 2, each=5),
     Fault(K.kill_rank_of_two, "kill -9 of the second of 2 processes",
-          "the other ends by itself; " + RESUMES, 8, "", True),
+          "the other ends by itself; " + RESUMES, 8),
     Fault(K.kill_leader_of_two, "kill -9 of the first of 2 processes", "the other ends by itself; " + RESUMES, 8),
     Fault(K.kill_rank_of_four, "kill -9 of one of 4 processes", "the others end by themselves; " + RESUMES, 4),
     Fault(K.kill_all_of_four, "kill -9 of 4 processes at once", RESUMES, 2),

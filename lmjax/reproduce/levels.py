@@ -123,7 +123,7 @@ def summary(records: Sequence[Record]) -> list[str]:
 
 # ---- figure --------------------------------------------------------------------------------------------
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 400, 56, 24, 40, 48
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 56, 24, 58, 48
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito
 
 
@@ -155,7 +155,7 @@ def figure(records: Sequence[Record]) -> str:
                  f'<text x="{px(0.93 * y_axis.high) - 8:.1f}" y="{py(0.93 * y_axis.high):.1f}" text-anchor="end" '
                  'fill="#666">all of the data</text>'
                  f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 10}" text-anchor="end">offered, bits per parameter</text>'
-                 f'<text x="{LEFT - 44}" y="{TOP - 8}">memorised, bits per parameter</text>')
+                 f'<text x="{LEFT - 44}" y="{TOP - 12}">memorised, bits per parameter</text>')
     for row, ((shape, params, dtype), group) in enumerate(groups.items()):
         colour = COLOURS[row % len(COLOURS)]
         path = " ".join(f"{px(r['offered']):.1f},{py(np.mean(r['bits'])):.1f}" for r in group)
@@ -164,6 +164,6 @@ def figure(records: Sequence[Record]) -> str:
                   for r in group for b in r["bits"]]
         y = HEIGHT - BOTTOM - 14 - 17 * (len(groups) - 1 - row)
         label = f"{format_tick(params)} parameters, {shape}, {dtype}"
-        parts.append(f'<circle cx="{WIDTH - RIGHT - 290}" cy="{y - 4}" r="4" fill="{colour}"/>'
-                     f'<text x="{WIDTH - RIGHT - 280}" y="{y}">{escape(label)}</text>')
+        parts.append(f'<circle cx="{WIDTH - RIGHT - 360}" cy="{y - 4}" r="4" fill="{colour}"/>'
+                     f'<text x="{WIDTH - RIGHT - 350}" y="{y}">{escape(label)}</text>')
     return "\n".join([*parts, "</svg>\n"])
