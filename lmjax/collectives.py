@@ -133,7 +133,7 @@ def _collective(match: re.Match, mesh: Mapping[str, int] | None,
     if kind not in KINDS:
         return None
     rest = match["rest"]
-    groups = _groups(rest, devices)
+    groups = groups_of(rest, devices)
     group = groups.shape[1] if kind != "collective-permute" else 2
     if group == 1 or (kind == "collective-permute" and (groups[:, 0] == groups[:, 1]).all()):
         return None
@@ -147,7 +147,7 @@ def _collective(match: re.Match, mesh: Mapping[str, int] | None,
             total = max(sizes)
     if kind == "reduce-scatter":
         total *= group
-    return kind, total, group, _axes(groups, mesh)
+    return kind, total, group, axes_along(groups, mesh)
 
 
 def _bytes(dtype: str, shape: str) -> int:
@@ -155,7 +155,7 @@ def _bytes(dtype: str, shape: str) -> int:
     return math.prod(int(n.strip(" <=")) for n in shape.split(",") if n.strip()) * bits // 8
 
 
-def _groups(rest: str, devices: int) -> np.ndarray:
+def groups_of(rest: str, devices: int) -> np.ndarray:
     """int [groups, devices of a group]; of a permutation [pairs, 2]. Where none is said, all devices are one group."""
     if found := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest):
         pairs = re.findall(r"\{(\d+),(\d+)\}", found[1])
@@ -195,7 +195,7 @@ def _mesh_groups(mesh: str, order: str | None, turn: str | None, axes: str) -> n
     return ids.reshape([size for *_, size in flat]).transpose(*others, *chosen).reshape(-1, group)
 
 
-def _axes(groups: np.ndarray, mesh: Mapping[str, int] | None) -> tuple[str, ...]:
+def axes_along(groups: np.ndarray, mesh: Mapping[str, int] | None) -> tuple[str, ...]:
     """The axes along which the devices of a group differ."""
     if not mesh or groups.max() >= math.prod(mesh.values()):
         return ()

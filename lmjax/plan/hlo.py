@@ -1,6 +1,7 @@
 """What a compiler wrote, read back from a program's text: collectives, and the cycles that a TPU's compiler expects.
 
-What lives here: parsing, with loop bodies counted as often as they run. What does not: seconds (`lmjax.plan.roofline`).
+What lives here: parsing, with loop bodies counted as often as they run. What does not: seconds (`lmjax.plan.roofline`),
+and who takes part in a collective (`lmjax.collectives`, which counts those of any program, without a TPU's cycles).
 Nothing here imports jax.
 
 A loop's trip count is what XLA notes of it (known_trip_count), or else the constant that its condition compares the
@@ -10,14 +11,15 @@ counted once.
 """
 
 import dataclasses
-import itertools
 import math
 import re
 
+import numpy as np
+
+from lmjax import collectives
+from lmjax.collectives import KINDS
 from lmjax.plan.roofline import Message
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all",
-         "collective-broadcast")
 BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "f8e4m3fn": 8, "f8e5m2": 8, "s16": 16, "u16": 16, "bf16": 16,
         "f16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128}
 _HEAD = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\) -> .*\{$")
@@ -83,35 +85,15 @@ def trip_count(loop: Instruction, parts: dict[str, list[Instruction]]) -> int:
 
 def groups_of(rest: str, num_devices: int) -> tuple[int, ...]:
     """The devices of the first group, in the order of the mesh."""
-    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", rest):
-        ids = [(int(a), int(b)) for a, b in re.findall(r"(\d+),(\d+)", pairs[1])]
-        return next((pair for pair in ids if pair[0] != pair[1]), ids[0])  # one may send to itself
-    if plain := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return tuple(map(int, plain[1].split(",")))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        dims = [int(d) for d in iota[3].split(",")]
-        order = [int(d) for d in iota[4].split(",")] if iota[4] else list(range(len(dims)))
-        strides = [math.prod(dims[i + 1:]) for i in range(len(dims))]
-        places = itertools.product(*(range(dims[i]) for i in order))
-        ids = (sum(p * strides[i] for p, i in zip(place, order, strict=True)) for place in places)
-        return tuple(itertools.islice(ids, int(iota[2])))
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        chosen = re.findall(r"'([^']+)'", named[2])
-        strides = dict(zip(sizes, (math.prod(list(sizes.values())[i + 1:]) for i in range(len(sizes))), strict=True))
-        return tuple(sum(p * strides[n] for p, n in zip(place, chosen, strict=True))
-                     for place in itertools.product(*(range(sizes[n]) for n in chosen)))
-    return tuple(range(num_devices))
+    groups = collectives.groups_of(rest, num_devices)
+    if "source_target_pairs" in rest:
+        groups = groups[groups[:, 0] != groups[:, 1]] if (groups[:, 0] != groups[:, 1]).any() else groups
+    return tuple(int(device) for device in groups[0])  # a pair may have sent to itself
 
 
 def axes_of(group: tuple[int, ...], mesh: dict[str, int]) -> str:
     """The mesh axes along which a group's devices differ, such as "data + fsdp"; the last axis varies fastest."""
-    names = []
-    for i, (name, size) in enumerate(mesh.items()):
-        stride = math.prod(list(mesh.values())[i + 1:])
-        if len({device // stride % size for device in group}) > 1:
-            names.append(name)
-    return " + ".join(names) or "none"
+    return " + ".join(collectives.axes_along(np.array([group]), mesh)) or "none"
 
 
 def whole_bytes(line: Instruction, kind: str, group: int) -> float:
@@ -168,5 +150,5 @@ def read_program(text: str, mesh: dict[str, int]) -> Program:
     for message in seen.values():
         key = (message.kind, message.axis, message.bytes, message.group, message.stride)
         merged[key] = merged.get(key, 0.0) + message.count
-    collectives = [Message(*key, count) for key, count in merged.items()]
-    return Program(sorted(collectives, key=lambda m: -m.bytes * m.count), total, kernels)
+    messages = [Message(*key, count) for key, count in merged.items()]
+    return Program(sorted(messages, key=lambda m: -m.bytes * m.count), total, kernels)
