@@ -1,7 +1,6 @@
 """A mixture of experts on Python's own source: two of eight experts a token, and the FLOPs of configs/quickstart.py.
 
 The same text, tokenizer, loss and steps as the quickstart, and nothing to download; the comparison is in docs/moe.md.
-About five minutes on two cores.
 """
 
 from lmjax.config import (

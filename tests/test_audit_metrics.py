@@ -11,9 +11,10 @@ import pytest
 from lmjax.audit import metrics
 from lmjax.audit.bits import bits_rows, bits_summary, code_bits
 from lmjax.audit.blind import blind_scores
-from lmjax.audit.intervals import Z95, auc, bootstrap_mean, bootstrap_pairs, tpr_at_fpr, wilson
+from lmjax.audit.intervals import Z95, bootstrap_mean, bootstrap_pairs, tpr_at_fpr, wilson
 from lmjax.audit.membership import attack_scores, attack_table, blind_warning, lowest_mean
 from lmjax.audit.texts import Text
+from lmjax.evals.ranking import auc
 
 RNG = np.random.default_rng(0)
 

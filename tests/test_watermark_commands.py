@@ -11,7 +11,8 @@ from helpers import ROOT
 
 from lmjax.cli import main
 from lmjax.decode.marks import KEY_VARIABLE, Watermark, watermark_of, words_of
-from lmjax.watermark.roc import EDITS, auc, edit, measure_scheme, repeated, table, tpr_at
+from lmjax.evals.ranking import auc
+from lmjax.watermark.roc import EDITS, edit, measure_scheme, repeated, table, tpr_at
 
 SECRET = b"0123456789abcdef0123456789abcdef"
 

@@ -10,9 +10,9 @@ import pytest
 from helpers import QUICK
 
 from lmjax.cli import main
+from lmjax.evals.ranking import auc
 from lmjax.watermark import judges, whistle
 from lmjax.watermark.judges import Row, adversary_auc, hand_row, ngram_scores, table
-from lmjax.watermark.roc import auc
 from lmjax.watermark.whistle import PROMPT, V, WhistleConfig, plain, write_texts
 
 CONFIG = WhistleConfig(steps=1, batch=8, length=24, texts=96, judge_steps=2)

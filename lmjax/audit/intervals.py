@@ -39,13 +39,6 @@ def bootstrap_mean(values_n: np.ndarray, groups_n: np.ndarray, seed: int = 0) ->
 # ---- rankings --------------------------------------------------------------------------------------------
 
 
-def auc(members: np.ndarray, others: np.ndarray) -> float:
-    """Probability that a member scores higher than another one, ties counted half: Mann and Whitney's U / (m n)."""
-    others = np.sort(others)
-    below, upto = np.searchsorted(others, members, "left"), np.searchsorted(others, members, "right")
-    return float((below + upto).mean() / 2 / len(others))
-
-
 def tpr_at_fpr(members: np.ndarray, others: np.ndarray, fpr: float) -> float:
     """Largest share of members above a threshold that at most `fpr` of the others are above. With fewer than 1 / fpr
     others none of them may be above it."""

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from lmjax.audit.blind import blind_scores
-from lmjax.audit.intervals import auc, bootstrap_pairs, tpr_at_fpr
+from lmjax.audit.intervals import bootstrap_pairs, tpr_at_fpr
+from lmjax.evals.ranking import auc
 
 MIN_K = 0.2  # share of tokens that Min-K % looks at
 RATES = (0.01, 0.001)

@@ -21,7 +21,8 @@ import optax
 
 from lmjax.decode.marks import Watermark
 from lmjax.errors import ConfigError
-from lmjax.watermark.roc import auc, evidence, secret_of
+from lmjax.evals.ranking import auc
+from lmjax.watermark.roc import evidence, secret_of
 from lmjax.watermark.whistle import (
     PROMPT,
     SIGNS,

@@ -17,6 +17,7 @@ import numpy as np
 from lmjax.decode.generate import SampleConfig, complete
 from lmjax.decode.marks import SCHEMES, Watermark
 from lmjax.errors import ConfigError
+from lmjax.evals.ranking import auc
 from lmjax.watermark.detect import detect
 
 OPENINGS = ("The history of the city begins with", "When the rain finally stopped,", "To grow tomatoes at home, you",
@@ -77,13 +78,6 @@ def edit(tokens: np.ndarray, kind: str, rate: float, rng: np.random.Generator, o
 
 
 # ---- Measures ------------------------------------------------------------------------------------------
-
-
-def auc(positives: np.ndarray, negatives: np.ndarray) -> float:
-    """The chance that a positive scores above a negative, ties half (Mann-Whitney)."""
-    ordered = np.sort(negatives)
-    below, upto = np.searchsorted(ordered, positives, "left"), np.searchsorted(ordered, positives, "right")
-    return float((below + upto).mean() / 2 / len(ordered))
 
 
 def tpr_at(positives: np.ndarray, negatives: np.ndarray, rate: float = 0.01) -> float:
