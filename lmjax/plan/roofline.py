@@ -92,13 +92,14 @@ class Times:
 
 
 def step_times(work: Work, machine: Machine, shares: tuple[float, float, float] | None = None) -> Times:
-    """fast: memory and network wholly behind the products. likely: but for messages that the next product waits for
-    (tensor axis). slow: every message waited for."""
+    """fast: memory and network wholly behind the products. likely: but for messages that the next product waits for:
+    those of `tensor`, and of `expert` alone, which are tokens. slow: every message waited for."""
     best, likely, worst = shares or efficiencies(machine.name)
     compute = work.flops / machine.chip.peak
     memory = work.hbm / machine.chip.hbm_rate
     seconds = {m: message_seconds(m, machine) for m in work.messages}
-    exposed = sum(s for m, s in seconds.items() if m.axis.startswith("tensor"))
+    exposed = sum(s for m, s in seconds.items()
+                  if m.axis.startswith("tensor") or m.axis in ("expert", "expert (tokens)"))
     network = sum(seconds.values()) - exposed
     step = (max(compute / best, memory, network + exposed), max(compute / likely + exposed, memory, network + exposed),
             max(compute / worst, memory) + network + exposed)
