@@ -15,7 +15,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 class Curve(NamedTuple):
-    """One curve: its name in the legend, its points, and which colour; `dash` as in SVG's stroke-dasharray."""
+    """One curve: its name in the legend ("": not there), its points, and which colour; `dash` as in SVG's
+    stroke-dasharray."""
 
     name: str
     x: list[float]
@@ -33,9 +34,10 @@ class Panel(NamedTuple):
 
 
 def panels(parts: list[Panel], title: str) -> str:
-    """SVG text of panels side by side with one legend, that of the first panel's curves."""
+    """SVG text of panels side by side with one legend, of the first curve of each name."""
     width = WIDTH * len(parts)
-    legend = parts[0].curves
+    legend = list({curve.name: curve for part in reversed(parts) for curve in reversed(part.curves)
+                   if curve.name}.values())[::-1]
     columns = min(len(legend), (width - LEFT) // 180)
     height = HEIGHT + 16 + 18 * -(-len(legend) // columns)
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
