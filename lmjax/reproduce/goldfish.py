@@ -12,6 +12,7 @@ Masks: "hash" of k, and at k = 4 the controls "static" (the same columns of ever
 
 import argparse
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -46,24 +47,15 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict, 
                if getattr(options, name) < 1]:
         raise ConfigError(*bad)
     steps = PASSAGES * options.repeats // REPEATED
-    texts, background, held_out = prose(2 * PASSAGES, 55)
-    tokenizer = train_bpe(background, VOCABULARY)
-    ids = [tokenizer.encode(text)[:SEQ_LEN] for text in texts]
-    assert min(map(len, ids)) > PREFIX + SUFFIX
-    lab = Lab(tokenizer, SEQ_LEN)
-    # Even ones are trained on, odd ones never: both are spread over the same pages.
-    passages, others = (_one_a_row(lab, part) for part in (ids[::2], ids[1::2]))
-    rest, test = (lab.rows(Stream([tokenizer.encode(text) for text in part], tokenizer))
-                  for part in (background, held_out))
+    texts = read()
     models = []
     for seed in range(options.seeds):
         for name in (CONTROL, *MASKS):
             fish = MASKS.get(name, NO_MASK)
             longer = equal_steps(fish, steps)
             for length in sorted({steps, longer} if fish.strategy == "hash" else {steps}):
-                batches = _batches(rest, None if name == CONTROL else passages, fish, length, seed)
-                params = lab.train(batches, seed)
-                found = _audit(lab, params, ids[::2], passages, others) | {"held_out": lab.loss(params, test)}
+                batches = _batches(texts.rest, None if name == CONTROL else texts.passages, fish, length, seed)
+                found = asked(texts, texts.lab.train(batches, seed))
                 models.append({"mask": name, "seed": seed, "steps": length} | found)
                 say(f"seed {seed}, {name}, {length:,} steps: {np.mean(np.array(found['verbatim']) == SUFFIX):.0%} "
                     f"recited, {np.mean(found['verbatim']):.1f} of {SUFFIX} tokens before the first wrong one, "
@@ -71,6 +63,30 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict, 
     result = {"passages": PASSAGES, "repeats": options.repeats, "steps": steps, "prefix": PREFIX, "suffix": SUFFIX,
               "seeds": options.seeds, "models": models}
     return result, table(result), figure(result)
+
+
+class Texts(NamedTuple):
+    """ids: of each passage. passages, others: a row of each, trained on and never seen. rest, test: rows of the other
+    documentation, to train on and held out."""
+
+    lab: Lab
+    ids: list[np.ndarray]
+    passages: Fields
+    others: Fields
+    rest: Fields
+    test: Fields
+
+
+def read() -> Texts:
+    texts, background, held_out = prose(2 * PASSAGES, 55)
+    tokenizer = train_bpe(background, VOCABULARY)
+    ids = [tokenizer.encode(text)[:SEQ_LEN] for text in texts]
+    assert min(map(len, ids)) > PREFIX + SUFFIX
+    lab = Lab(tokenizer, SEQ_LEN)
+    # Even ones are trained on, odd ones never: both are spread over the same pages.
+    return Texts(lab, ids[::2], *(_one_a_row(lab, part) for part in (ids[::2], ids[1::2])),
+                 *(lab.rows(Stream([tokenizer.encode(text) for text in part], tokenizer))
+                   for part in (background, held_out)))
 
 
 def _one_a_row(lab: Lab, ids: Sequence[np.ndarray]) -> Fields:
@@ -93,18 +109,19 @@ def _batches(rest: Fields, passages: Fields | None, fish: GoldfishConfig, steps:
     return made
 
 
-def _audit(lab: Lab, params, ids: Sequence[np.ndarray], passages: Fields, others: Fields) -> dict:
+def asked(texts: Texts, params) -> dict:
     """verbatim: tokens of each continuation before the first wrong one; rouge_l: of each, longest common subsequence
-    over tokens of the suffix; auc: of the loss, passages against those that were never seen."""
-    prompts = [np.concatenate([[lab.tokenizer.bos_id], one[:PREFIX]]) for one in ids]
-    truth = np.stack([one[PREFIX:PREFIX + SUFFIX] for one in ids])
+    over tokens of the suffix; auc: of the loss, passages against those that were never seen; held_out: the loss."""
+    lab = texts.lab
+    prompts = [np.concatenate([[lab.tokenizer.bos_id], one[:PREFIX]]) for one in texts.ids]
+    truth = np.stack([one[PREFIX:PREFIX + SUFFIX] for one in texts.ids])
     own = np.full(truth.shape, PAD, np.int64)
     for row, out in zip(own, lab.continued(params, prompts, SUFFIX), strict=True):
         row[:len(out)] = out
     losses = [np.array([-float(lab.mean(params, taken(rows, np.array([i])))) for i in range(len(rows["tokens"]))])
-              for rows in (passages, others)]
+              for rows in (texts.passages, texts.others)]
     return {"verbatim": divergence(own == truth).tolist(), "rouge_l": (lcs(own, truth) / SUFFIX).tolist(),
-            "auc": auc(*losses)}
+            "auc": auc(*losses), "held_out": lab.loss(params, texts.test)}
 
 
 # ---- What is told --------------------------------------------------------------------------------------
