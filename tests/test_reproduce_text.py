@@ -12,9 +12,10 @@ from flax import nnx
 from lmjax.cli import main
 from lmjax.losses.goldfish import GoldfishConfig
 from lmjax.models import Decoder
-from lmjax.reproduce import goldfish, known_texts, membership_law, onset, seeds, text_grid
+from lmjax.reproduce import dp_sgd, goldfish, known_texts, membership_law, onset, seeds, text_grid
 from lmjax.reproduce.famous import PASSAGES
 from lmjax.reproduce.figure import Curve, Panel, panels
+from lmjax.reproduce.lab import Lab
 
 # (parameters, sequences of 64 tokens, F1 predicted, F1 observed): arXiv 2505.24832, the validation of the law.
 VALIDATION = ((1_556_075_200, 170_654_583, 0.55, 0.5461), (1_556_075_200, 18_851_574, 0.95, 0.9585),
@@ -86,6 +87,82 @@ def test_a_legend_names_each_curve_once_and_leaves_out_the_nameless():
     two = Panel("b", "x", [Curve("same", [1.0], [0.5], 0), Curve("other", [1.0], [0.5], 2)], [1.0])
     svg = panels([one, two], "t")
     assert svg.count(">same<") == svg.count(">other<") == 1 and "></text>" not in svg
+
+
+# ---- differential privacy --------------------------------------------------------------------------------
+
+
+def _clipped_grad(function, l2_clip_norm, batch_argnums):
+    """What jax-privacy's is documented to be, as a loop over rows."""
+    def clipped(params, batch, *rest, is_padding_example):
+        total = jax.tree.map(jax.numpy.zeros_like, params)
+        for i in range(len(is_padding_example)):
+            own = jax.grad(function)(params, jax.tree.map(lambda a, i=i: a[i:i + 1], batch), *rest)
+            norm = np.sqrt(1e-30) + jax.numpy.sqrt(sum(jax.numpy.sum(g**2) for g in jax.tree.leaves(own)))
+            scale = jax.numpy.where(is_padding_example[i], 0.0, jax.numpy.minimum(1.0, l2_clip_norm / norm))
+            total = jax.tree.map(lambda t, g, scale=scale: t + scale * g, total, own)
+        return total
+    return clipped
+
+
+@pytest.fixture
+def private_step(monkeypatch):
+    """make(clipped_grad) -> step(chosen, clip, sigma): what one step of plain descent takes off the weights, times the
+    batch's size."""
+    import optax
+
+    class Tokenizer:
+        vocab_size, bos_id, eos_id = 300, 0, 1
+
+    monkeypatch.setattr(dp_sgd, "make_optimizer", lambda config, steps: (optax.sgd(1.0), None))
+    monkeypatch.setattr(dp_sgd, "MOST", 3)
+    rows = {name: values[:, :12] for name, values in _rows(0, 9).items()}
+    rows["tokens"], rows["targets"] = rows["tokens"] % 300, rows["targets"] % 300
+    lab = Lab(Tokenizer(), 12)
+
+    def make(clipped_grad):
+        train = dp_sgd.trainer(goldfish.Texts(lab, [], rows, rows, rows, rows), clipped_grad, 1)
+
+        def step(chosen, clip, sigma):
+            after = train(rows, [np.array(chosen)], clip, sigma, seed=0)
+            return jax.tree.map(lambda a, b: np.asarray(a - b, np.float64) * dp_sgd.BATCH, lab.fresh(0), after)
+
+        return step
+
+    return make
+
+
+def _size(tree) -> float:
+    return float(np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(tree))))
+
+
+def test_a_private_step_is_a_sum_of_clipped_gradients_and_noise_of_the_right_size(private_step):
+    step = private_step(_clipped_grad)
+    assert _size(step([1, 4], 1e9, 0.0)) > 2 * 0.1, "there is something to clip"
+    for chosen in ([1], [1, 4], [1, 4, 7]):
+        assert _size(step(chosen, 0.1, 0.0)) <= len(chosen) * 0.1 * 1.001
+    assert _size(step([1], 0.1, 0.0)) == pytest.approx(0.1, rel=1e-3)
+    noise = jax.tree.leaves(step([], 0.1, 2.0))  # noise alone: padding adds nothing
+    values = np.concatenate([leaf.ravel() for leaf in noise]) / 0.1
+    assert values.std() == pytest.approx(2.0, rel=0.02) and abs(values.mean()) < 0.02
+    shapes = [leaf.shape for leaf in noise]
+    alike = [(a, b) for i, a in enumerate(noise) for b in noise[i + 1:] if a.shape == b.shape]
+    assert len(set(shapes)) < len(shapes) and not any(np.allclose(a, b) for a, b in alike), "each leaf has its own"
+
+
+def test_the_librarys_clipped_gradients_are_those_of_the_loop(private_step):
+    privacy = pytest.importorskip("jax_privacy")
+    ours, theirs = private_step(_clipped_grad), private_step(privacy.clipped_grad)
+    for chosen in ([1, 4, 7], []):
+        for a, b in zip(*(jax.tree.leaves(step(chosen, 0.1, 0.0)) for step in (ours, theirs)), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_dp_sgd_without_its_library_says_what_to_install(monkeypatch, capsys):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "jax_privacy", None)
+    assert main(["reproduce", "dp-sgd"]) == 2 and "pip install 'lmjax[privacy]'" in capsys.readouterr().err
 
 
 # ---- the text grid ---------------------------------------------------------------------------------------
@@ -203,7 +280,8 @@ def test_known_texts_are_of_three_kinds_and_long_enough():
 def test_what_is_told_of_known_texts_is_counted_right():
     def row(kind, name, prefix, exact, divergence, draws="9"):
         return {"source": kind, "document": name, "prefix": str(prefix), "exact": str(exact), "rouge_l": "0.5",
-                "divergence": str(divergence), "base_rouge_l": "0.1", "control_exact": "0", "log10_draws_at_0.5": draws}
+                "divergence": str(divergence), "base_rouge_l": "0.1", "control_exact": "0", "nats": "100",
+                "control_nats": "500", "log10_draws_at_0.5": draws}
 
     rows = [row("famous", "a", p, int(p == 50), 50 if p == 50 else 3, "2" if p == 50 else "inf") for p in (10, 25, 50)]
     rows += [row("famous", "b", p, 0, 7) for p in (10, 25, 50)] + [row("control", "c", p, 0, 1) for p in (10, 25, 50)]

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict, 
     with (folder / "audit.csv").open() as file:
         rows = list(csv.DictReader(file))
     audit = json.loads((folder / "audit.json").read_text())
-    result = {"model": audit["model"], "parameters": audit["parameters"],
+    result = {"model": Path(audit["model"]).name, "parameters": audit["parameters"],
               "weights_sha256": audit["identity"]["weights_sha256"], "cells": cells(rows),
               "documents": documents(rows), "bits": bits(audit["bits"]["by_document"], lines)}
     return result, table(result), figure(result)
@@ -114,6 +114,7 @@ def cells(rows: list[dict[str, str]]) -> list[dict]:
             out.append({"kind": kind, "prefix": prefix, "probes": len(own), "exact": hits / len(own),
                         "exact_95": wilson(hits, len(own)), "untrained_exact": _mean(own, "control_exact")}
                        | {name: _mean(own, name) for name in ("rouge_l", "divergence", "base_rouge_l")}
+                       | {"nats": _mean(own, "nats") / SUFFIX, "untrained_nats": _mean(own, "control_nats") / SUFFIX}
                        | {"extractable": float(np.mean([float(row["log10_draws_at_0.5"]) <= 6 for row in own]))})
     return out
 
@@ -141,12 +142,12 @@ def bits(rows: list[dict], lines: list[dict[str, str]]) -> dict[str, float]:
 def table(result: dict) -> str:
     lines = [f"{result['model']}, {result['parameters']:,} parameters", "",
              f"| text | prefix | probes | next {SUFFIX} tokens recited | 95 % | ROUGE-L | by chance "
-             "| tokens before the first wrong one | drawn within a million tries |", "|---" * 9 + "|"]
+             "| tokens before the first wrong one | drawn within a million tries | nats a token |", "|---" * 10 + "|"]
     for c in result["cells"]:
         low, high = c["exact_95"]
         lines.append(f"| {KINDS[c['kind']]} | {c['prefix']} | {c['probes']} | {c['exact']:.0%} "
                      f"| {low:.0%} to {high:.0%} | {c['rouge_l']:.2f} | {c['base_rouge_l']:.2f} "
-                     f"| {c['divergence']:.1f} | {c['extractable']:.0%} |")
+                     f"| {c['divergence']:.1f} | {c['extractable']:.0%} | {c['nats']:.2f} |")
     lines += ["", "Bits per byte: " + ", ".join(f"{KINDS[kind]} {value:.2f}" for kind, value in result["bits"].items()),
               "", f"With {max(PREFIXES)} tokens shown, the texts of which most was recited", "",
               f"| text | probes | recited | most tokens right of {SUFFIX} |", "|---" * 4 + "|"]
@@ -163,6 +164,7 @@ def figure(result: dict) -> str:
         return [Curve(KINDS[kind], ticks, [c[name] for c in result["cells"] if c["kind"] == kind], i)
                 for i, kind in enumerate(KINDS)]
 
-    recited = Panel(f"share of suffixes of {SUFFIX} tokens recited", "tokens shown", curves("exact"), ticks, 1.0)
-    right = Panel("tokens before the first wrong one", "tokens shown", curves("divergence"), ticks, float(SUFFIX))
-    return panels([recited, right], f"What {result['model']} recites")
+    return panels([Panel(f"share of suffixes of {SUFFIX} tokens recited", "tokens shown", curves("exact"), ticks, 1.0),
+                   Panel("tokens before the first wrong one", "tokens shown", curves("divergence"), ticks),
+                   Panel(f"nats a token of the next {SUFFIX}", "tokens shown", curves("nats"), ticks)],
+                  f"What {result['model']} recites")
