@@ -236,7 +236,8 @@ def test_bits_held_are_those_that_the_reference_does_not_know():
     shape = [_record(2, [10.0, 30.0], 4.0), _record(4, [15.0, 20.0, 25.0, 40.0], 3.0)]
     first, last = onset.analysed(shape)
     assert first["held"] == [pytest.approx((5.0 + 0) / 2 / math.log(2) * 2 / 1000)]  # 20 - 30 is no debt
-    assert last["held"] == [0.0]
+    assert first["net"] == [pytest.approx((5.0 - 10.0) / 2 / math.log(2) * 2 / 1000)]
+    assert last["held"] == last["net"] == [0.0]
     assert first["offered"] == pytest.approx(2 * 3.0 * 32 / math.log(2) / 1000)
     assert last["share"] == pytest.approx(last["offered"] / first["held"][0])
     assert len(onset.table([first, last]).splitlines()) == 4 and "<polyline" in onset.figure([first, last])

@@ -38,7 +38,7 @@ def panels(parts: list[Panel], title: str) -> str:
     width = WIDTH * len(parts)
     legend = list({curve.name: curve for part in reversed(parts) for curve in reversed(part.curves)
                    if curve.name}.values())[::-1]
-    columns = min(len(legend), (width - LEFT) // 180)
+    columns = max(1, min(len(legend), int((width - LEFT - RIGHT) / (46 + 6.8 * max(len(c.name) for c in legend)))))
     height = HEIGHT + 16 + 18 * -(-len(legend) // columns)
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
            'font-family="system-ui, sans-serif" font-size="12" fill="#333">',
@@ -71,7 +71,8 @@ def _panel(panel: Panel, left: int) -> list[str]:
                        f'stroke="#ddd"/><text x="{left + LEFT - 8}" y="{py(tick) + 4:.1f}" text-anchor="end">'
                        f'{format_tick(tick)}</text>')
     for tick, x in place.items():
-        svg.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{format_tick(tick)}</text>')
+        shown = format_tick(float(f"{tick:.2g}") if tick >= 1000 else tick)
+        svg.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{shown}</text>')
     svg.append(f'<text x="{left + LEFT + inner / 2:.1f}" y="{HEIGHT - BOTTOM + 36}" text-anchor="middle">'
                f'{escape(panel.x_label)}</text>')
     for curve in panel.curves:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from lmjax.log import format_count
 from lmjax.reproduce import text_grid
 from lmjax.reproduce.figure import Curve, Panel, panels
 from lmjax.reproduce.levels import pm
@@ -29,8 +30,9 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[list[d
 
 
 def analysed(shape: Sequence[Record]) -> list[dict]:
-    """Of each amount of data, of each seed: memorised bits per parameter (0 for the reference itself), and the data's
-    bits over the most that this size was found to hold. Records of one size, by sequences; the last is the reference.
+    """Of each amount of data, of each seed: memorised bits per parameter (held: of the sequences that the reference
+    knows less well; net: of all, so less what the reference knows better), and the data's bits over the most that this
+    size was found to hold. Records of one size, by sequences; the last is the reference, and has 0 of both.
 
     A sequence has as many bits as a held-out one under the reference: what it takes to say it, knowing the language.
     """
@@ -38,22 +40,23 @@ def analysed(shape: Sequence[Record]) -> list[dict]:
     sequence_bits = float(np.mean(reference["test"])) * reference["length"] / math.log(2)
     rows = []
     for r in shape:
-        held = []
+        held, net = [], []
         for own, known in zip(r["nats"], reference["nats"], strict=True):
             gain = (np.array(known[:len(own)]) - np.array(own)) / math.log(2)
-            held.append(float(np.maximum(gain, 0).mean()) * r["sequences"] / r["params"])
+            for found, bits in ((held, np.maximum(gain, 0)), (net, gain)):
+                found.append(float(bits.mean()) * r["sequences"] / r["params"])
         rows.append({name: r[name] for name in KEPT}
-                    | {"held": held, "offered": r["sequences"] * sequence_bits / r["params"]})
+                    | {"held": held, "net": net, "offered": r["sequences"] * sequence_bits / r["params"]})
     most = max(float(np.mean(row["held"])) for row in rows)
     return [row | {"share": row["offered"] / most if most else math.inf} for row in rows]
 
 
 def table(rows: Sequence[dict]) -> str:
     lines = ["| parameters | sequences | the text, bits/parameter | over the most held | memorised, bits/parameter "
-             "| loss on members | held-out loss | recited: members | others |", "|---" * 9 + "|"]
+             "| net | loss on members | held-out loss | recited: members | others |", "|---" * 10 + "|"]
     for r in rows:
         lines.append(f"| {r['params']:,} | {r['sequences']:,} | {r['offered']:.2f} | {r['share']:.2f} "
-                     f"| {pm(r['held'])} | {np.mean(r['train']):.2f} | {pm(r['test'])} "
+                     f"| {pm(r['held'])} | {pm(r['net'])} | {np.mean(r['train']):.2f} | {pm(r['test'])} "
                      f"| {np.mean(r['train_recited']):.1%} | {np.mean(r['test_recited']):.1%} |")
     return "\n".join(lines)
 
@@ -63,12 +66,12 @@ def figure(rows: Sequence[dict]) -> str:
     ticks = sorted({float(r["sequences"]) for r in rows})
     of = {p: [r for r in rows if r["params"] == p] for p in sizes}
 
-    def curves(name: str, label: str, dash: str = ""):
-        return [Curve(f"{label}{p:,} parameters", [float(r["sequences"]) for r in of[p]],
-                      [float(np.mean(r[name])) for r in of[p]], i, dash) for i, p in enumerate(sizes)]
+    def curves(name: str, label: str, dash: str = "", last: int | None = None):
+        return [Curve(f"{label}, {format_count(p)}", [float(r["sequences"]) for r in of[p][:last]],
+                      [float(np.mean(r[name])) for r in of[p][:last]], i, dash) for i, p in enumerate(sizes)]
 
     return panels([
         Panel("loss, nats a token", "training sequences",
-              curves("test", "held out, ") + curves("train", "members, ", "3 3"), ticks),
-        Panel("memorised bits per parameter", "training sequences", curves("held", "memorised, ", "8 3"), ticks),
-    ], "From memorising to generalising")
+              curves("test", "held out") + curves("train", "members", "3 3"), ticks),
+        Panel("memorised bits per parameter, net", "training sequences", curves("net", "memorised", "8 3", -1), ticks),
+    ], f"From memorising to generalising: {' and '.join(map(format_count, sizes))} parameters")
