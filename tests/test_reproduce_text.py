@@ -138,7 +138,10 @@ def _size(tree) -> float:
 
 def test_a_private_step_is_a_sum_of_clipped_gradients_and_noise_of_the_right_size(private_step):
     step = private_step(_clipped_grad)
-    assert _size(step([1, 4], 1e9, 0.0)) > 2 * 0.1, "there is something to clip"
+    loose, plain = step([1, 4], 1e9, 0.0), step([1, 4], np.inf, 0.0)
+    assert _size(loose) > 2 * 0.1, "there is something to clip"
+    for a, b in zip(*map(jax.tree.leaves, (loose, plain)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
     for chosen in ([1], [1, 4], [1, 4, 7]):
         assert _size(step(chosen, 0.1, 0.0)) <= len(chosen) * 0.1 * 1.001
     assert _size(step([1], 0.1, 0.0)) == pytest.approx(0.1, rel=1e-3)
