@@ -41,7 +41,7 @@ class _Terms:
 def _logits(x_BTD: jax.Array, head_VD: jax.Array, softcap: float) -> tuple[jax.Array, jax.Array | float]:
     """Float32-accumulated logits, and d(logits)/d(raw logits) of the soft-cap."""
     z = jnp.einsum("BTD,VD->BTV", x_BTD, head_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
-    z = constrain(z, "BTV")
+    z = constrain(z, "RTV")
     if not softcap:
         return z, 1.0
     t = jnp.tanh(z / softcap)
@@ -90,12 +90,12 @@ def _gradient_chunk(head_VD, terms: _Terms, carry, chunk):
         p = p * (1.0 + 2.0 * terms.z_loss * lse_BT[..., None])
     dz = p - (1.0 - terms.label_smoothing) * hot - terms.label_smoothing / z.shape[-1]
     dz = jnp.where(weights[..., None] != 0, dz * weights[..., None], 0.0) * dcap
-    dz = constrain(dz, "BTV")
+    dz = constrain(dz, "RTV")
     dx = jnp.einsum("BTV,VD->BTD", dz.astype(x.dtype), head_VD.astype(x.dtype))
     # XLA's CPU backend has no product of 16-bit matrices into 32 bits where the first one lies transposed.
     dhead = jax.lax.platform_dependent(x, dz, cpu=lambda x, dz: _head_gradient(x.astype(jnp.float32), dz),
                                        default=lambda x, dz: _head_gradient(x, dz.astype(x.dtype)))
-    return (total + weighted_sum(loss_BT, weights), dhead_DV + dhead), (nll_BT, constrain(dx, "BTD"))
+    return (total + weighted_sum(loss_BT, weights), dhead_DV + dhead), (nll_BT, constrain(dx, "RTD"))
 
 
 def _split(a: jax.Array, chunks: int, ways: int = 1) -> jax.Array:

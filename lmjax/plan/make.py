@@ -31,6 +31,9 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
     if config.model.moe:
         raise ConfigError("model.moe: the roofline does not know mixtures of experts yet; `lmjax train --dry-run` has "
                           "their parameters, bytes and FLOPs")
+    if config.mesh.pipeline != 1:
+        raise ConfigError(f"mesh.pipeline={config.mesh.pipeline}: the roofline does not know pipelines yet; set it to "
+                          "1, or see `lmjax train --dry-run`, which has their parameters, bytes and bubble")
     if compute.attention == "auto" and config.mesh.context == 1:
         chosen = choose_attention("auto", config.seq_len, compute.dtype, machine.chip.kind)[0]
         compute = dataclasses.replace(compute, attention=chosen)
