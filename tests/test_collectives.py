@@ -167,5 +167,5 @@ if __name__ == "__main__":
         meshes[name] = of_train_step(**sizes)
         for kind, values in meshes[name].items():
             print(f"    {kind}: {values['count']} times, {values['bytes']:,} bytes", flush=True)
-    assert all(axis in " ".join(PAIRS) for axis in MESH_AXES)
+    assert all(axis in " ".join(PAIRS) for axis in MESH_AXES if axis != "expert")  # tests/test_moe_mesh.py
     GOLDEN.write_text(json.dumps({"jax": jax.__version__, "meshes": meshes}, indent=1) + "\n")

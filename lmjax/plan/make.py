@@ -65,7 +65,7 @@ def make(config: RunConfig, machine: Machine, *, compiles: bool = True, price: f
     work = analytic(config.model, split, config.batch_size, config.seq_len, config.compute.remat, config.accumulate)
     if machine.chip.devices > 1:  # figures of a chip, like its peak
         work = dataclasses.replace(work, **{name: getattr(work, name) * machine.chip.devices
-                                            for name in ("model_flops", "flops", "hbm")})
+                                            for name in ("model_flops", "flops", "hbm", "host")})
     activations = {remat: activation_bytes(config.model, split, config.batch_size, config.seq_len, remat,
                                            config.accumulate) for remat in REMAT}
     why_not = missing(machine) if compiles else "not asked for (--no-compile)"

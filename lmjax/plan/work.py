@@ -48,13 +48,16 @@ def analytic(model: DecoderConfig, split: Split, batch_size: int, seq_len: int, 
     seen = sum(flops.mean_keys(seq_len, w) for w in windows)  # keys of a query, summed over the layers
     counted = layers * seq_len if all_keys else seen
     wide = c.num_heads * c.head_dim
+    inner = c.d_model * c.d_ff * (2 if c.gated else 1)  # weights of the products into the MLP's inside
     model_flops = tokens * (6.0 * (layers * block + head) + 12 * wide * counted)
 
     # Attention kernels make the scores anew in the backward pass, once for dq and once for dk and dv: seven products
-    # for the four that are counted. Recomputation adds the block's forward pass ("full"), or attention's ("dots").
+    # for the four that are counted. Recomputation adds the block's forward pass ("full", "offload"), attention's
+    # ("dots"), or the products into the MLP's inside ("named").
     computed = 6.0 * (layers * block + head) + (12 + 6) * wide * seen
-    again = remat if isinstance(remat, float) else {"full": 1.0}.get(remat, 0.0)
-    computed += 2.0 * again * layers * block + 4 * wide * seen * (remat != "none")
+    again = remat if isinstance(remat, float) else {
+        "full": 1.0, "offload": 1.0, "named": inner / block}.get(remat, 0.0)
+    computed += 2.0 * again * layers * block + 4 * wide * seen * (remat not in ("none", "named"))
 
     passes = 3 + again
     weights = (layers * block + head) / split.tensor
@@ -66,7 +69,9 @@ def analytic(model: DecoderConfig, split: Split, batch_size: int, seq_len: int, 
     rows = tokens * split.tensor  # tokens of the group that shares them
     moved = 6 * c.d_model + (2 * wide + 2 * c.num_kv_heads * c.head_dim + (3 if c.gated else 2) * c.d_ff) / split.tensor
     hbm += rows * layers * passes * BF16 * moved + rows * c.vocab_size / split.tensor * F32 * 4
-    return Work(model_flops, tokens * computed, hbm, tuple(_messages(c, split, rows, again, accumulate)))
+    host = 2.0 * BF16 * layers * rows * c.d_model if remat == "offload" else 0.0  # inputs of blocks, there and back
+    summed = 0.0 if remat == "named" else again  # what attention adds is kept, the MLP's sum is not needed again
+    return Work(model_flops, tokens * computed, hbm, tuple(_messages(c, split, rows, summed, accumulate)), host)
 
 
 def _messages(c: DecoderConfig, split: Split, rows: float, again: float, accumulate: int):
@@ -86,15 +91,18 @@ def _messages(c: DecoderConfig, split: Split, rows: float, again: float, accumul
 
 def activation_bytes(model: DecoderConfig, split: Split, batch_size: int, seq_len: int, remat: str,
                      accumulate: int = 1) -> float:
-    """About what the backward pass finds kept on a chip: bfloat16 inputs of blocks ("full"), with every product's
-    result ("dots"), or with what lies between those as well ("none"), and the one layer that is being worked on.
+    """About what the backward pass finds kept on a chip: bfloat16 inputs of blocks ("full"; on the host for
+    "offload"), with what attention reads and gives ("named"), with every product's result ("dots"), or with what lies
+    between those as well ("none"), and the one layer that is being worked on.
     Compilers keep more or less; this is for leaving out what is hopeless before one is asked."""
     c = model.filled()
     tokens = batch_size * seq_len / (split.data * split.fsdp) / accumulate
     wide = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     products = BF16 * tokens * (2 * c.d_model + (wide + (3 if c.gated else 2) * c.d_ff) / split.tensor)
     everything = products + BF16 * tokens * 4 * c.d_model
-    kept = {"full": BF16 * tokens * c.d_model, "dots": products, "none": everything}[remat]
+    named = BF16 * tokens * (2 * c.d_model + wide / split.tensor)
+    full = BF16 * tokens * c.d_model
+    kept = {"offload": 0, "full": full, "named": named, "dots": products, "none": everything}[remat]
     block, head = matrix_weights(c)
     gathered = BF16 * max(2 * block, head) / split.tensor if split.fsdp > 1 else 0
     return c.num_layers * kept + 2 * everything + gathered

@@ -63,6 +63,8 @@ def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Bat
         "",
         parameter_table(plan),
         *(f"warning: {text}" for text in ignored(config)),
+        *(["warning: compute.remat='offload' is as 'full' on a CPU, whose memory is the host's"]
+          if config.compute.remat == "offload" and platform_name == "cpu" else []),
         "",
     ]))
 
