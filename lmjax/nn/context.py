@@ -258,7 +258,10 @@ def _cut_keys(k, v, segments, index, block: int) -> _Keys:
 def _prepare(q, k, segments, s: Settings) -> tuple:
     """(block, blocks of queries, this device's place on the axis)."""
     B, T, N, H = q.shape
-    block, here = _block(T), jax.lax.axis_index(AXIS)
+    # What depends on places and documents alone is the same in every layer, and JAX would move it out of their loop:
+    # the masks of all pairs of blocks of all stops, in memory at once. Here it depends on the queries.
+    q, segments, here = jax.lax.optimization_barrier((q, segments, jax.lax.axis_index(AXIS)))
+    block = _block(T)
     K = k.shape[2]
     q_BKGTH = jnp.moveaxis((q * s.scale).reshape(B, T, K, N // K, H), 1, 3)
     queries = _Queries(_cut(q_BKGTH, 3, block), _cut(segments, 1, block), _cut(held_index(here, s.ways, T), 0, block))

@@ -8,6 +8,7 @@ import dataclasses
 from lmjax.config import RunConfig
 from lmjax.log import format_bytes, format_count, format_duration
 from lmjax.nn.attention import choose_attention
+from lmjax.nn.context import choose_context
 from lmjax.plan.aot import Compiled, TooLarge
 from lmjax.plan.machine import HOST_RATE, Machine
 from lmjax.plan.roofline import Times, Work, efficiencies, message_seconds
@@ -58,11 +59,15 @@ def page(p: Planned) -> str:
     likely = p.times.step[1]
     axes = " x ".join(f"{name}={size}" for name, size in p.mesh.items() if size > 1) or "one device"
     attention = choose_attention(c.compute.attention, c.seq_len, c.compute.dtype, chip.kind)[0]
+    if c.mesh.context > 1:
+        attention = f"{choose_context(c.compute.context, c.seq_len)[0]} over context"
     tokens = p.tokens / p.machine.chips
     lines = [
         f"{c.name} on {p.machine}: {p.machine.chips:,} chips, mesh {axes}",
         f"model        {p.num_params:,} parameters ({format_count(p.num_params)}), {c.compute.dtype}, remat "
-        f"{c.compute.remat}, attention {attention}",
+        f"{c.compute.remat}, attention {attention}" + (
+            f", {c.model.moe.experts_per_token} of {c.model.moe.num_experts} experts a token ({c.compute.experts})"
+            if c.model.moe else ""),
         f"batch        {c.batch_size:,} rows x {c.seq_len:,} = {format_count(p.tokens)} tokens a step, {tokens:,.0f} a "
         f"chip" + (f", in {c.accumulate} micro-batches" if c.accumulate > 1 else ""),
         "", *_memory(p),

@@ -97,12 +97,14 @@ class Times:
 
 def step_times(work: Work, machine: Machine, shares: tuple[float, float, float] | None = None) -> Times:
     """fast: memory, network and host wholly behind the products. likely: but for messages that the next product waits
-    for (tensor axis). slow: every message and every byte of the host waited for."""
+    for: those of `tensor`, and of `expert` alone, which are tokens. slow: every message and every byte of the host
+    waited for."""
     best, likely, worst = shares or efficiencies(machine.name)
     compute = work.flops / machine.chip.peak
     memory = work.hbm / machine.chip.hbm_rate
     seconds = {m: message_seconds(m, machine) for m in work.messages}
-    exposed = sum(s for m, s in seconds.items() if m.axis.startswith("tensor"))
+    exposed = sum(s for m, s in seconds.items()
+                  if m.axis.startswith("tensor") or m.axis in ("expert", "expert (tokens)"))
     network = sum(seconds.values()) - exposed
     host = work.host / HOST_RATE
     step = (max(compute / best, memory, network + exposed, host),
