@@ -26,7 +26,8 @@ from ml_collections.config_flags import config_path
 
 from lmjax.axes import MeshConfig, abstract_mesh, batch_ways
 from lmjax.checkpoint import CheckpointConfig
-from lmjax.data import DataConfig, Protect, SourceConfig
+from lmjax.data import CanaryConfig, DataConfig, Injection, Protect, SourceConfig, Tokenizer
+from lmjax.data.inject import room_problems
 from lmjax.decode.generate import SampleConfig
 from lmjax.errors import ConfigError
 from lmjax.guard import GuardConfig
@@ -41,9 +42,9 @@ from lmjax.phases import LimitsConfig
 from lmjax.plain import build, not_finite, problems, read_json, shown
 
 __all__ = [
-    "CheckpointConfig", "ComputeConfig", "DataConfig", "DecoderConfig", "EvalConfig", "GoldfishConfig",
-    "GuardConfig", "LimitsConfig", "LogConfig", "MeshConfig", "MoEConfig", "OptimConfig", "PretrainConfig",
-    "RopeScaling", "RunConfig", "SampleConfig", "SourceConfig", "preset",
+    "CanaryConfig", "CheckpointConfig", "ComputeConfig", "DataConfig", "DecoderConfig", "EvalConfig",
+    "GoldfishConfig", "GuardConfig", "LimitsConfig", "LogConfig", "MeshConfig", "MoEConfig", "OptimConfig",
+    "PretrainConfig", "RopeScaling", "RunConfig", "SampleConfig", "SourceConfig", "preset",
 ]
 
 
@@ -144,6 +145,9 @@ def validate(config: RunConfig, num_devices: int, slices: int = 1, platform: str
                    f"fit into model.max_seq_len={c.model.max_seq_len}; lower it")
     if c.evals.every and not c.data.validation_fraction and any(s.kind != "shards" for s in c.data.sources):
         bad.append("data.validation_fraction=0 holds nothing out to evaluate on; raise it, or set evals.every=0")
+    canaries = c.data.canaries
+    if canaries and c.steps > 0 and c.batch_size > 0 and not c.data.problems() and not c.objective.problems():
+        bad += room_problems(canaries, c.total_steps, c.batch_size, "data.canaries.")
     bad += [f"{name}={value}: must be a finite number" for name, value in not_finite(c)
             if not any(problem.startswith(f"{name}=") for problem in bad)]
     if not mesh_problems and not c.model.problems():
@@ -198,6 +202,13 @@ def protection(c: RunConfig) -> Protect | None:
     return Protect(sources, fish.strategy == "text_hash", fish.context, fish.seed)
 
 
+def injection(c: RunConfig, tokenizer: Tokenizer) -> Injection | None:
+    """The canaries of a run; None for none. Raises ConfigError where they do not fit."""
+    if c.data.canaries is None:
+        return None
+    return Injection(c.data.canaries, tokenizer, c.total_steps, c.batch_size, c.seq_len, protection(c))
+
+
 def ignored(c: RunConfig) -> list[str]:
     """Settings that have no effect in this config, one line each; a run warns of them."""
     fish, default = c.objective.goldfish, GoldfishConfig()
@@ -210,7 +221,7 @@ def ignored(c: RunConfig) -> list[str]:
     if fish.strategy == "none":
         found += [f"data.sources[{i}].goldfish=False has no effect with strategy='none'"
                   for i, source in enumerate(c.data.sources) if not source.goldfish]
-    elif not any(source.goldfish for source in c.data.sources):
+    elif not any(source.goldfish for source in c.data.sources) and not c.data.canaries:
         found.append(f"objective.goldfish.strategy={fish.strategy!r} has no effect: no source has goldfish=True")
     if fish.strategy != "none" and fish.start >= c.total_steps:
         found.append(f"objective.goldfish.start={fish.start}: the run has {c.total_steps} steps, so nothing is ever "

@@ -23,6 +23,7 @@ from lmjax.loader import to_global
 from lmjax.models import ComputeConfig, Decoder, DecoderConfig, MoEConfig
 from lmjax.objectives import pretrain
 from lmjax.optim import OptimConfig, make_optimizer
+from lmjax.plan.hlo import read_program
 from lmjax.state import fresh_state, shardings
 from lmjax.step import make_train_step
 
@@ -159,6 +160,52 @@ def test_loops_of_unknown_length_are_not_taken_for_certain():
     text = TEXT.replace('"known_trip_count":{"n":"3"}', "")
     (move,) = (c for c in collectives(text, None) if c.kind == "collective-permute")
     assert (move.count, move.exact, move.axes) == (5, False, ())
+
+
+def test_one_channel_may_be_of_several_collectives_and_several_lines_of_one():
+    """`jax.shard_map` gives all of its collectives one channel; what TPUs run beside products has one chain_id, and a
+    kernel's source stands among its lines."""
+    gather = "f32[16]{0} all-gather(%a), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}"
+    chained = gather + ', frontend_attributes={chain_id="3"}'
+    text = f"""HloModule m, num_partitions=8
+
+%start (a: f32[4]) -> f32[16] {{
+  ROOT %g.1 = {chained}
+}}
+
+%beside (a: f32[4]) -> f32[16] {{
+  ROOT %g.2 = {chained}
+}}
+
+ENTRY %main (arg: f32[4]) -> f32[16] {{
+  %keys = {gather}
+  %values = {gather}
+  %kernel = f32[8]{{0}} custom-call(%x), custom_call_target="tpu_custom_call", config={{"custom":{{"body":"
+module {{
+}}
+"}}}}
+  %one = f32[16]{{0}} fusion(%a), kind=kCustom, calls=%start
+  ROOT %two = f32[16]{{0}} fusion(%one), kind=kOutput, calls=%beside
+}}
+"""
+    for found in (text, text.replace(', frontend_attributes={chain_id="3"}', "")):
+        assert [c.count for c in collectives(found, {"a": 2, "b": 4})] == [3]
+        (message,) = read_program(found, {"a": 2, "b": 4}).collectives
+        assert (message.count, message.bytes, message.axis) == (3, 64, "b")
+    each = text.replace('chain_id="3"', 'chain_id="4"', 1)  # the known-wrong variant: nothing says that they are one
+    assert [c.count for c in collectives(each, None)] == [4]
+
+
+def test_a_condition_tells_turns_but_not_for_certain():
+    text = TEXT.replace('"known_trip_count":{"n":"3"}', "").replace("ENTRY", """%c (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[] constant(7)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY""")
+    (move,) = (c for c in collectives(text, None) if c.kind == "collective-permute")
+    assert (move.count, move.exact) == (5 * 7, False)
 
 
 def test_differences_are_lines_and_other_texts_are_refused():

@@ -199,7 +199,8 @@ def test_golden_configs(path):
 
 
 def golden_text(path: Path) -> str:
-    config = load_config(path, ["--mesh.fsdp=4", "--batch_size=64", "--accumulate=1"])
+    context = min(load_config(path).mesh.context, 2)
+    config = load_config(path, ["--mesh.fsdp=4", f"--mesh.context={context}", "--batch_size=64", "--accumulate=1"])
     if config.data.sources[0].kind != "shards":
         return dry_run(config, 8) + "\n"
     # Its shards are named by whoever runs the recipe; a dry run looks for them.

@@ -17,12 +17,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lmjax.axes import constrain
 from lmjax.models import cached
 from lmjax.models.experts import MoE
 from lmjax.models.initial import EMBED_STD, cast, full_weight, random_weight
-from lmjax.nn.attention import self_attention
+from lmjax.nn.attention import KEPT, self_attention
 from lmjax.nn.cache import Cache, CacheConfig
 from lmjax.nn.context import choose_context, context_attention, from_zigzag, split_ways, to_zigzag
 from lmjax.nn.linear import project
@@ -132,7 +133,9 @@ class ComputeConfig:
 
     dtype: of activations and matrix products ("float32" or "bfloat16"); weights, norms, softmax and loss
     stay float32. remat: what the backward pass recomputes: "none" keeps every layer's activations, "full" keeps
-    only each block's input, "dots" keeps the outputs of matrix products. attention: "auto", "reference",
+    only each block's input, "dots" keeps the outputs of matrix products, "named" keeps a block's input, queries, keys,
+    values, attention's result and what it gives the residual stream, and computes the MLP again, "offload" is "full"
+    with the inputs of blocks in the host's memory (docs/performance.md). attention: "auto", "reference",
     "blockwise", "splash" (TPUs, rows of a multiple of 128 tokens), or "cudnn" (NVIDIA GPUs, bfloat16, no
     soft-cap). layers: "scan" compiles one layer (or one period of the window pattern) and loops over it, "unroll"
     compiles them all, which a CPU runs a little faster; "auto" unrolls a few layers on a CPU. context: where
@@ -167,6 +170,7 @@ class ComputeConfig:
                       if getattr(self, name) < low]
 
 
+INPUT = "input"  # name of a block's input, as KEPT
 # name -> wrapper of (function, whether it runs inside a scan). A scan keeps XLA from merging what is recomputed
 # with what was computed; outside of one, JAX has to.
 REMAT = {
@@ -174,6 +178,12 @@ REMAT = {
     "full": lambda f, scanned: jax.checkpoint(f, prevent_cse=not scanned),
     "dots": lambda f, scanned: jax.checkpoint(
         f, prevent_cse=not scanned, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "named": lambda f, scanned: jax.checkpoint(
+        f, prevent_cse=not scanned, policy=jax.checkpoint_policies.save_only_these_names(KEPT)),
+    "offload": lambda f, scanned: jax.checkpoint(
+        f, prevent_cse=not scanned, policy=jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT], offload_src="device",
+            offload_dst="pinned_host")),
 }
 
 
@@ -290,10 +300,12 @@ class Block(nnx.Module):
     def __call__(self, x_BTD, cos_sin, attend, window: int, weights_BT=None):
         """`attend(q, k, v, window) -> (y_BTNH, extra)`; returns (x, extra, sums). sums: a mixture's `RouterSums` over
         tokens with these weights; None where there are none, or no mixture."""
-        q, k, v = self.attention.qkv(self.attention_norm(x_BTD), cos_sin)
+        x_BTD = checkpoint_name(x_BTD, INPUT)
+        q, k, v = checkpoint_name(self.attention.qkv(self.attention_norm(x_BTD), cos_sin), KEPT)
         y, extra = attend(q, k, v, window)
         y = self.attention.out(y)
         x_BTD = constrain(x_BTD + (self.attention_post_norm(y) if self.attention_post_norm else y), "BTD")
+        x_BTD = checkpoint_name(x_BTD, KEPT)
         y = self.mlp_norm(x_BTD)
         y, sums = self.mlp(y, weights_BT) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
         x_BTD = constrain(x_BTD + (self.mlp_post_norm(y) if self.mlp_post_norm else y), "BTD")
