@@ -52,8 +52,9 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
 
 
 def split_of(config: RunConfig, num_devices: int) -> Split:
-    """The mesh as the roofline knows it: `replica` and `data` are one."""
+    """The mesh as the roofline knows it: `replica` and `data` are one. The config is a resolved one."""
     sizes = dict(zip(MESH_AXES, config.mesh.sizes(num_devices), strict=True))
+    assert sizes.pop("pipeline") == 1
     return Split(sizes.pop("replica") * sizes.pop("data"), **sizes)
 
 
