@@ -35,6 +35,7 @@ from lmjax.log import LogConfig
 from lmjax.losses.goldfish import GoldfishConfig, equal_steps
 from lmjax.models import ComputeConfig, DecoderConfig, MoEConfig, RopeScaling, preset
 from lmjax.nn.context import context_problem
+from lmjax.nn.pipeline import pipeline_problems
 from lmjax.objectives.pretrain import PretrainConfig
 from lmjax.optim import OptimConfig
 from lmjax.phases import LimitsConfig
@@ -181,6 +182,13 @@ def _mesh_problems(c: RunConfig, num_devices: int) -> list[str]:
     if mesh.shape["expert"] > 1 and model.d_model % split and not model.d_model % mesh.shape["fsdp"]:
         bad.append(f"mesh.fsdp x mesh.expert={split} does not divide model.d_model={model.d_model}: outside of the "
                    "experts both split it; choose sizes that do")
+    if not bad and not c.compute.problems() and c.batch_size > 0 and c.accumulate > 0:
+        bad += pipeline_problems(c.batch_size // (ways * c.accumulate), model.num_layers,
+                                 min(len(model.windows), model.num_layers), mesh.shape["pipeline"],
+                                 c.compute.pipeline_repeats, c.compute.pipeline_microbatches)
+    if mesh.shape["pipeline"] > 1 and moe:
+        bad.append(f"mesh.pipeline={mesh.shape['pipeline']}: layers with experts (model.moe) cannot be run by stages; "
+                   "set it to 1, and split the experts (mesh.expert) or the weights (mesh.fsdp)")
     if mesh.shape["expert"] > 1 and not moe:
         bad.append(f"mesh.expert={mesh.shape['expert']}: the model has no experts; set model.moe, or mesh.fsdp to it")
     return bad
@@ -227,6 +235,9 @@ def ignored(c: RunConfig) -> list[str]:
         found.append(f"optim.decay_fraction has no effect with schedule={c.optim.schedule!r}")
     if c.compute.context != "auto" and c.mesh.context == 1:
         found.append(f"compute.context={c.compute.context!r} has no effect with mesh.context=1")
+    found += [f"compute.{name}={getattr(c.compute, name)} has no effect with mesh.pipeline=1"
+              for name in ("pipeline_microbatches", "pipeline_repeats")
+              if c.mesh.pipeline == 1 and getattr(c.compute, name) != getattr(ComputeConfig(), name)]
     if c.mesh.zero1 and c.mesh.data == 1:
         found.append("mesh.zero1 has no effect with mesh.data=1: there is nothing to split the optimizer's state over")
     if c.model.moe is None:

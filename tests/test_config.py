@@ -176,8 +176,8 @@ def test_sections_stay_small():
 
 
 def test_mesh_sizes():
-    assert MeshConfig(-1, 2, 2).sizes(8) == (1, 2, 2, 1, 1, 2)
-    assert MeshConfig(2, -1, 1).sizes(6) == (1, 2, 3, 1, 1, 1)
+    assert MeshConfig(-1, 2, 2).sizes(8) == (1, 1, 2, 2, 1, 1, 2)
+    assert MeshConfig(2, -1, 1).sizes(6) == (1, 1, 2, 3, 1, 1, 1)
     assert MeshConfig(1, 1, 1).problems(8) and not MeshConfig().problems(8)
 
 

@@ -28,10 +28,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from lmjax.axes import ACTIVATION_RULES, context_ways, spec
-from lmjax.nn.attention import MASKED
+from lmjax.nn.attention import KEPT, MASKED
 
 AXIS = "context"
 BLOCK = 512  # tokens, at most; scores of one block of queries and one of keys exist at a time
@@ -363,7 +364,7 @@ def _attention_fwd(q, k, v, segments, s: Settings):
     *specs, lse_spec = _specs(q, k, segments)
     run = jax.shard_map(functools.partial(_forward, s=s), in_specs=tuple(specs), out_specs=(specs[0], lse_spec),
                         check_vma=False)
-    out, lse = run(q, k, v, segments)
+    out, lse = checkpoint_name(run(q, k, v, segments), KEPT)
     return out, (q, k, v, segments, out, lse)
 
 

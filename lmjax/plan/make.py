@@ -9,6 +9,7 @@ from collections.abc import Callable
 from lmjax.axes import MESH_AXES, abstract_mesh
 from lmjax.config import RunConfig, fit_vocabulary, to_json, validate
 from lmjax.data import SourceConfig, load_tokenizer
+from lmjax.errors import ConfigError
 from lmjax.models.decoder import REMAT
 from lmjax.nn.attention import choose_attention
 from lmjax.nn.context import choose_context
@@ -29,6 +30,9 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
     Raises ConfigError with every problem, those of slices among them.
     """
     compute, devices = config.compute, machine.num_devices
+    if config.mesh.pipeline != 1:
+        raise ConfigError(f"mesh.pipeline={config.mesh.pipeline}: the roofline does not know pipelines yet; set it to "
+                          "1, or see `lmjax train --dry-run`, which has their parameters, bytes and bubble")
     if compute.attention == "auto" and config.mesh.context == 1:
         chosen = choose_attention("auto", config.seq_len, compute.dtype, machine.chip.kind)[0]
         compute = dataclasses.replace(compute, attention=chosen)
@@ -48,8 +52,9 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
 
 
 def split_of(config: RunConfig, num_devices: int) -> Split:
-    """The mesh as the roofline knows it: `replica` and `data` are one."""
+    """The mesh as the roofline knows it: `replica` and `data` are one. The config is a resolved one."""
     sizes = dict(zip(MESH_AXES, config.mesh.sizes(num_devices), strict=True))
+    assert sizes.pop("pipeline") == 1
     return Split(sizes.pop("replica") * sizes.pop("data"), **sizes)
 
 
@@ -71,7 +76,7 @@ def make(config: RunConfig, machine: Machine, *, compiles: bool = True, price: f
     work = work_of(config, machine.num_devices)
     if machine.chip.devices > 1:  # figures of a chip, like its peak
         work = dataclasses.replace(work, **{name: getattr(work, name) * machine.chip.devices
-                                            for name in ("model_flops", "flops", "hbm")})
+                                            for name in ("model_flops", "flops", "hbm", "host")})
     activations = {remat: activation_bytes(config.model, split, config.batch_size, config.seq_len, remat,
                                            config.accumulate) for remat in REMAT}
     why_not = missing(machine) if compiles else "not asked for (--no-compile)"

@@ -10,11 +10,11 @@ from lmjax.log import format_bytes, format_count, format_duration
 from lmjax.nn.attention import choose_attention
 from lmjax.nn.context import choose_context
 from lmjax.plan.aot import Compiled, TooLarge
-from lmjax.plan.machine import Machine
+from lmjax.plan.machine import HOST_RATE, Machine
 from lmjax.plan.roofline import Times, Work, efficiencies, message_seconds
 
-ADVICE = ("lower batch_size or raise accumulate, compute.remat=full, split more (mesh.fsdp, mesh.tensor), or a larger "
-          "slice")
+ADVICE = ("lower batch_size or raise accumulate, compute.remat=full or =offload, split more (mesh.fsdp, mesh.tensor), "
+          "or a larger slice")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +157,8 @@ def _times(p: Planned) -> list[str]:
              f"  memory     {_seconds(t.memory)}",
              f"  network    {_seconds(t.network)} beside the products, {_seconds(t.exposed)} between "
              "them",
+             *([f"  host       {_seconds(t.host)} for {format_bytes(p.work.host)} of activations there and back"]
+               if t.host else []),
              f"  step       {_seconds(mid)} ({_seconds(fast)} to {_seconds(slow)}), limited by "
              f"{t.limit}",
              f"  MFU        {t.mfu[1]:.0%} ({t.mfu[2]:.0%} to {t.mfu[0]:.0%})"]
@@ -172,7 +174,8 @@ def _times(p: Planned) -> list[str]:
 def _assumptions(p: Planned) -> list[str]:
     chip, (best, likely, worst) = p.machine.chip, efficiencies(p.machine.name)
     return [f"assumed      peak {chip.peak / 1e12:,.0f} TFLOP/s and {chip.hbm_rate / 1e12:.2f} TB/s a chip; "
-            f"{chip.link / 1e9:.0f} GB/s a link one way, {chip.network / 1e9:.2f} GB/s a chip beyond; products at "
+            f"{chip.link / 1e9:.0f} GB/s a link one way, {chip.network / 1e9:.2f} GB/s a chip beyond"
+            + (f", {HOST_RATE / 1e9:.0f} GB/s to the host" if p.work.host else "") + "; products at "
             f"{best:.0%}, {likely:.0%} or {worst:.0%} of the peak; no latency, no input or checkpoint stalls. Nothing "
             "here is a measurement; docs/planning.md says how far off it was for runs that were."]
 
@@ -187,7 +190,8 @@ def to_json(p: Planned) -> dict:
                   "optimizer": p.moments} | (
             {"arguments": done.argument, "temporaries": done.temp, "total": done.total}
             if isinstance(done, Compiled) else {}),
-        "work": {"model_flops": p.work.model_flops, "flops": p.work.flops, "bytes": p.work.hbm},
+        "work": {"model_flops": p.work.model_flops, "flops": p.work.flops, "bytes": p.work.hbm,
+                 "host_bytes": p.work.host},
         "collectives": [dataclasses.asdict(m) for m in (
             done.program.collectives if isinstance(done, Compiled) else p.work.messages)],
         "seconds": dict(zip(("fast", "likely", "slow"), p.times.step, strict=True)) | {"compiler": p.second},

@@ -85,13 +85,17 @@ def analytic(model: DecoderConfig, split: Split, batch_size: int, seq_len: int, 
     model_flops = tokens * (6.0 * (layers * w.met + w.head) + 12 * wide * counted)
 
     # Attention kernels make the scores anew in the backward pass, once for dq and once for dk and dv: seven products
-    # for the four that are counted; over `context` once for all. Recomputation adds the block's forward pass ("full"),
-    # or attention's ("dots"), and then that of experts too: their grouped products are none of the dots that are kept.
-    again = remat if isinstance(remat, float) else {"full": 1.0}.get(remat, 0.0)
-    again_experts = 1.0 if remat == "dots" else again
+    # for the four that are counted; over `context` once for all. Recomputation adds the block's forward pass ("full",
+    # "offload"), the products into the MLP's inside ("named"), or attention's ("dots"), and then that of experts too:
+    # their grouped products are none of the dots that are kept.
+    inner = 2 if c.gated else 1  # matrices into the MLP's inside, beside the one out of it
+    again, again_experts = (remat, remat) if isinstance(remat, float) else {
+        "full": (1.0, 1.0), "offload": (1.0, 1.0), "dots": (0.0, 1.0),
+        "named": (inner * c.d_model * _dense_ff(c) / w.common, inner / (inner + 1))}.get(remat, (0.0, 0.0))
+    attends = remat not in ("none", "named")  # whether the backward pass runs attention's forward pass again
     scores = 6 if split.context == 1 else 2
     computed = ((6 + 2 * again) * layers * w.common + (6 + 2 * again_experts) * layers * w.chosen * padding
-                + 6.0 * w.head + (12 + scores) * wide * seen + 4 * wide * seen * (remat != "none"))
+                + 6.0 * w.head + (12 + scores) * wide * seen + 4 * wide * seen * attends)
 
     here = (w.common + w.experts / split.expert) / split.tensor  # of a block, once gathered
     gathers = 2 if split.shards > split.tensor else 1  # written once a gather, or cast once
@@ -101,16 +105,18 @@ def analytic(model: DecoderConfig, split: Split, batch_size: int, seq_len: int, 
     embed = 0 if c.tied else w.head
     hbm += (2 * STATE + F32) * (layers * w.block + w.head + embed) / split.shards
     rows = tokens * split.tensor  # tokens of the group that shares them
-    moved = 6 * c.d_model + (2 * wide + 2 * c.num_kv_heads * c.head_dim + _dense_width(c)) / split.tensor
-    moved = (3 + again) * moved + (3 + again_experts) * _expert_rows(c, split, 4, 3 if c.gated else 2)
+    moved = 6 * c.d_model + (2 * wide + 2 * c.num_kv_heads * c.head_dim + (inner + 1) * _dense_ff(c)) / split.tensor
+    moved = (3 + again) * moved + (3 + again_experts) * _expert_rows(c, split, 4, inner + 1)
     hbm += rows * layers * BF16 * moved + rows * c.vocab_size / split.tensor * F32 * 4
-    messages = _messages(c, split, rows, again, accumulate, remat != "none", ring)
-    return Work(model_flops, tokens * computed, hbm, tuple(messages))
+    host = 2.0 * BF16 * layers * rows * c.d_model if remat == "offload" else 0.0  # inputs of blocks, there and back
+    summed = 0.0 if remat == "named" else again  # what attention adds is kept, the MLP's sum is not needed again
+    messages = _messages(c, split, rows, summed, accumulate, remat != "none", attends, ring)
+    return Work(model_flops, tokens * computed, hbm, tuple(messages), host)
 
 
-def _dense_width(c: DecoderConfig) -> int:
-    """Numbers between the matrices of the MLP that every token takes."""
-    return (3 if c.gated else 2) * (c.moe.shared_d_ff if c.moe else c.d_ff)
+def _dense_ff(c: DecoderConfig) -> int:
+    """Width inside the MLP that every token takes; 0 for a mixture without one."""
+    return c.moe.shared_d_ff if c.moe else c.d_ff
 
 
 def _expert_rows(c: DecoderConfig, split: Split, models: int, experts: int) -> float:
@@ -121,8 +127,9 @@ def _expert_rows(c: DecoderConfig, split: Split, models: int, experts: int) -> f
     return split.expert * c.moe.experts_per_token * (models * c.d_model + experts * c.moe.d_ff / split.tensor)
 
 
-def _messages(c: DecoderConfig, split: Split, rows: float, again: float, accumulate: int, recomputes: bool, ring: bool):
-    """recomputes: whether the backward pass runs attention and experts, or what leads to them, again."""
+def _messages(c: DecoderConfig, split: Split, rows: float, again: float, accumulate: int, recomputes: bool,
+              attends: bool, ring: bool):
+    """recomputes, attends: whether the backward pass runs experts, and attention, or what leads to them, again."""
     w = matrix_weights(c)
     layers, d, t, e = c.num_layers, split.data, split.tensor, split.expert
     embed, over = 0 if c.tied else w.head, split.shards // t  # `over`: devices that a weight is gathered from
@@ -146,7 +153,7 @@ def _messages(c: DecoderConfig, split: Split, rows: float, again: float, accumul
     if e > 1:
         yield from _expert_messages(c, split, e * rows, recomputes)
     if split.context > 1:
-        yield from _context_messages(c, split, rows, recomputes, ring)
+        yield from _context_messages(c, split, rows, attends, ring)
 
 
 def _expert_messages(c: DecoderConfig, split: Split, tokens: float, recomputes: bool):
@@ -176,15 +183,19 @@ def _context_messages(c: DecoderConfig, split: Split, rows: float, recomputes: b
 
 def activation_bytes(model: DecoderConfig, split: Split, batch_size: int, seq_len: int, remat: str,
                      accumulate: int = 1) -> float:
-    """About what the backward pass finds kept on a chip: bfloat16 inputs of blocks ("full"), with every product's
-    result ("dots"), or with what lies between those as well ("none"), and the one layer that is being worked on.
+    """About what the backward pass finds kept on a chip: bfloat16 inputs of blocks ("full"; on the host for
+    "offload"), with what attention reads and gives ("named"), with every product's result ("dots"), or with what lies
+    between those as well ("none"), and the one layer that is being worked on.
     Compilers keep more or less; this is for leaving out what is hopeless before one is asked."""
     c = model.filled()
     tokens = batch_size * seq_len / (split.size / split.tensor) / accumulate
     wide = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    products = BF16 * tokens * (2 * c.d_model + (wide + _dense_width(c)) / split.tensor)
-    everything = products + BF16 * tokens * (4 * c.d_model + _expert_rows(c, split, 3, 3 if c.gated else 2))
-    kept = {"full": BF16 * tokens * c.d_model, "dots": products, "none": everything}[remat]
+    matrices = 3 if c.gated else 2
+    products = BF16 * tokens * (2 * c.d_model + (wide + matrices * _dense_ff(c)) / split.tensor)
+    everything = products + BF16 * tokens * (4 * c.d_model + _expert_rows(c, split, 3, matrices))
+    named = BF16 * tokens * (2 * c.d_model + wide / split.tensor)
+    full = BF16 * tokens * c.d_model
+    kept = {"offload": 0, "full": full, "named": named, "dots": products, "none": everything}[remat]
     w = matrix_weights(c)
     here = w.common + w.experts / split.expert
     gathered = BF16 * max(2 * here, w.head) / split.tensor if split.shards > split.tensor else 0

@@ -43,7 +43,8 @@ def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Bat
     split = plan.mesh.shape["context"] > 1
     attention, why = (choose_context(config.compute.context, config.seq_len) if split else
                       choose_attention(config.compute.attention, config.seq_len, config.compute.dtype))
-    scanned, why_scanned = scan_layers(config.compute.layers, config.model.num_layers)
+    chunks = plan.mesh.shape["pipeline"] * config.compute.pipeline_repeats if plan.mesh.shape["pipeline"] > 1 else 1
+    scanned, why_scanned = scan_layers(config.compute.layers, config.model.num_layers // chunks)
     moe = config.model.moe and config.model.filled().moe
     products, why_products = choose_experts(config.compute.experts)
     peak = flops.peak(devices[0].device_kind, config.compute.dtype)
@@ -66,6 +67,8 @@ def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Bat
         "",
         parameter_table(plan),
         *(f"warning: {text}" for text in ignored(config)),
+        *(["warning: compute.remat='offload' is as 'full' on a CPU, whose memory is the host's"]
+          if config.compute.remat == "offload" and platform_name == "cpu" else []),
         "",
     ]))
 
