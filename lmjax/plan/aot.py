@@ -19,11 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lmjax.errors import ConfigError
+from lmjax.plan import gpus
 from lmjax.plan.hlo import Program, read_program
 from lmjax.plan.machine import Machine
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 INSTALL = "pip install 'lmjax[tpu]'"
+CUDA = "pip install jax-cuda13-plugin jax-cuda13-pjrt, of jax's version; no NVIDIA library is needed"
 # Without the last, a second process that compiles at the same time fails on libtpu's lock.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
@@ -57,8 +59,8 @@ class TooLarge:
 
 def missing(machine: Machine) -> str:
     """Why nothing can be compiled for a machine here; "" if it can."""
-    if machine.chip.kind != "tpu":
-        return "the step is compiled for TPUs only"
+    if machine.chip.kind == "gpu":
+        return "" if importlib.util.find_spec("jax_cuda13_plugin") else f"JAX's CUDA plug-in is not installed ({CUDA})"
     if machine.name == "v4":
         return "libtpu describes a v4 chip as two devices, which is not how one trains on it"
     return "" if importlib.util.find_spec("libtpu") else f"libtpu is not installed ({INSTALL})"
@@ -89,7 +91,9 @@ def compile_for(config: dict, machine: Machine, *, limit: float, say: Callable[[
     what it refuses otherwise.
     """
     shape = "x".join(map(str, machine.shape))
-    asked = {"config": config, "slices": machine.slices, "topology": f"{machine.name}:{shape}"}
+    asked = {"config": config, "slices": machine.slices, "topology": f"{machine.name}:{shape}", "platform": "tpu"}
+    if machine.chip.kind == "gpu":
+        asked |= {"topology": gpus.topology(machine), "platform": "cuda", "target": gpus.target(machine)}
     with tempfile.TemporaryDirectory(prefix="lmjax-plan-") as folder:
         asked["hlo"] = str(Path(folder) / "program.txt")
         done = _ask(asked, machine, limit, say, Path(folder) / "stderr.txt")

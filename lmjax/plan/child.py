@@ -1,8 +1,9 @@
 """The process that compiles: `python -m lmjax.plan.child`, one JSON line in, JSON lines out, for `lmjax.plan.aot`.
 
-In: {"config", "topology", "slices", "hlo"}. Out: {"stage": words} while it works, then {"done": figures} or {"error":
-text}. The program's text goes to the file `hlo`. It ends when stdin does, so it never outlives who asked. The step is
-the one that `lmjax.train` makes; only its devices are described instead of present, and nothing is ever run.
+In: {"config", "platform", "topology", "slices", "hlo"}, and for GPUs "target". Out: {"stage": words} while it works,
+then {"done": figures} or {"error": text}. The program's text goes to the file `hlo`. It ends when stdin does, so it
+never outlives who asked. The step is the one that `lmjax.train` makes; only its devices are described instead of
+present, and nothing is ever run.
 """
 
 import functools
@@ -36,6 +37,9 @@ def described_devices(asked: dict):
     """The devices of a machine that is not there."""
     from jax.experimental import topologies
 
+    if asked["platform"] == "cuda":
+        return topologies.get_topology_desc(platform="cuda", topology_name="", topology=asked["topology"],
+                                            target_config=asked["target"]).devices
     more = {"num_slices": asked["slices"]} if asked["slices"] > 1 else {}
     return topologies.get_topology_desc(platform="tpu", topology_name=asked["topology"], **more).devices
 
@@ -73,7 +77,7 @@ def compile_step(asked: dict, say) -> dict:
     say("tracing the train step")
     precision = "highest" if config.compute.dtype == "float32" else "default"
     with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
-        lowered = step.trace(abstract(state, placed), batch).lower(lowering_platforms=("tpu",))
+        lowered = step.trace(abstract(state, placed), batch).lower(lowering_platforms=(asked["platform"],))
     say("compiling")
     compiled = lowered.compile()
     say("reading the program")

@@ -82,7 +82,7 @@ def make(config: RunConfig, machine: Machine, *, compiles: bool = True, price: f
     why_not = missing(machine) if compiles else "not asked for (--no-compile)"
     compiled, second = None, None
     if not why_not:
-        compiled = compile_for(to_json(config), machine, limit=limit, say=say)
+        compiled = compile_for(to_json(compilable(config)), machine, limit=limit, say=say)
     times = step_times(work, machine)
     if isinstance(compiled, Compiled):
         messages = tuple(compiled.program.collectives)
@@ -95,6 +95,13 @@ def make(config: RunConfig, machine: Machine, *, compiles: bool = True, price: f
                        for part in ("params", "opt_state"))
     return Planned(config, machine, dict(mesh.shape), state.num_params, params, moments, activations, work, times,
                    compiled, why_not, second, price)
+
+
+def compilable(config: RunConfig) -> RunConfig:
+    """What can be compiled without a GPU: cuDNN's attention needs its library, XLA's keeps as little."""
+    if config.compute.attention != "cudnn":
+        return config
+    return dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention="blockwise"))
 
 
 def compiler_seconds(compiled: Compiled, config: RunConfig, machine: Machine, network: float) -> float | None:

@@ -109,6 +109,8 @@ def _memory(p: Planned) -> list[str]:
                   row("program", done.code),
                   row("together", done.total, f"[{_bar(done.total, capacity)}]")]
         lines.append("  fits" if p.fits else f"  DOES NOT FIT: {ADVICE}")
+        if p.config.compute.attention == "cudnn":
+            lines.append("  (compiled with attention=blockwise: cuDNN's needs its library, which is not here)")
     elif isinstance(done, TooLarge):
         lines.append("  DOES NOT FIT, says the compiler" + (
             f": {format_bytes(done.used)} of {format_bytes(done.limit)}, {format_bytes(done.used - done.limit)} too "
