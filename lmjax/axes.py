@@ -10,6 +10,7 @@ names a mesh axis.
     S  key time            K  key/value heads     P  learned positions
     H  head width          F  feed-forward width  L  layers
     G  query heads per key/value head (N = K G)    A  experts that a token has chosen
+    R  rows, behind the layers
 """
 
 import dataclasses
@@ -24,18 +25,23 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 # The order of devices in the mesh: `tensor` varies fastest, so that its traffic, the heaviest, stays between
-# neighbours; `replica` varies slowest, so that only its one all-reduce a step crosses a data-centre network.
-MESH_AXES = ("replica", "data", "fsdp", "expert", "context", "tensor")
+# neighbours; `replica` varies slowest, so that only its one all-reduce a step crosses a data-centre network. `pipeline`
+# comes next to it: a device of a stage sends one micro-batch of activations at a time to one device of the next stage,
+# which is less than all that axes inside of it send, and works across hosts.
+MESH_AXES = ("replica", "pipeline", "data", "fsdp", "expert", "context", "tensor")
 
 # Letter -> mesh axis (or axes). A letter that is not listed is never split. An axis splits one dimension of an array,
 # the first that asks for it: `expert` splits the experts where there are any, and is more of `fsdp` to all other
 # weights; rows of the batch are split over it too, or its devices would all compute the same outside of the experts.
 # (MaxText does both by its default rules, and torchtitan takes its expert axis out of the data-parallel ones.) Weights
 # are split over `context` as well: its devices need every weight for their tokens, as those of `fsdp` do, and otherwise
-# each would hold a copy.
-WEIGHT_RULES = {"E": "expert", "D": ("fsdp", "expert", "context"), "N": "tensor", "K": "tensor", "F": "tensor",
-                "V": "tensor"}
-ACTIVATION_RULES = {"B": ("replica", "data", "fsdp", "expert"), "T": "context", "N": "tensor", "K": "tensor",
+# each would hold a copy. Stacked layers are split over `pipeline`, whose devices run the layers that they hold
+# (`lmjax.nn.pipeline`), of the same rows. The output matrix is the same on all of them, so behind the layers they share
+# the rows: R.
+BATCH_AXES = ("replica", "data", "fsdp", "expert")
+WEIGHT_RULES = {"L": "pipeline", "E": "expert", "D": ("fsdp", "expert", "context"), "N": "tensor", "K": "tensor",
+                "F": "tensor", "V": "tensor"}
+ACTIVATION_RULES = {"B": BATCH_AXES, "R": (*BATCH_AXES, "pipeline"), "T": "context", "N": "tensor", "K": "tensor",
                     "F": "tensor", "V": "tensor"}
 # Moments of the optimizer under `zero1`. `data` comes last, so that what is gathered after an update is one block of
 # the weight.
@@ -51,7 +57,8 @@ class MeshConfig:
     slices or hosts that a slower network joins. context: the tokens of each row split over this axis
     (`lmjax.nn.context`), and weights as over fsdp. zero1: optimizer state split over data, though weights are not
     (ZeRO, arXiv 1910.02054, section 5.1). expert: experts split over this axis, which is one more of fsdp to everything
-    else.
+    else. pipeline: the layers split over this axis, each stage of them working on another micro-batch
+    (`lmjax.nn.pipeline`).
     """
 
     data: int = -1
@@ -61,6 +68,7 @@ class MeshConfig:
     context: int = 1
     zero1: bool = False
     expert: int = 1
+    pipeline: int = 1
 
     def sizes(self, num_devices: int) -> tuple[int, ...]:
         """Axis sizes in the order of MESH_AXES, with -1 filled in. Call `problems` first: this one asserts."""
@@ -194,11 +202,11 @@ def context_ways() -> int:
 
 
 def batch_sharding(mesh: Mesh, ndim: int = 2, length: int = 0) -> NamedSharding:
-    """Rows over the axes of B; tokens over context where it divides a row's length; everything else whole."""
+    """Rows over the axes of a batch; tokens over context where it divides a row's length; everything else whole."""
     tokens = "context" if length and length % mesh.shape["context"] == 0 else None
-    return NamedSharding(mesh, P(ACTIVATION_RULES["B"], *[tokens, *[None] * (ndim - 2)][:ndim - 1]))
+    return NamedSharding(mesh, P(BATCH_AXES, *[tokens, *[None] * (ndim - 2)][:ndim - 1]))
 
 
 def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the rows of a batch are split."""
-    return math.prod(mesh.shape[name] for name in ACTIVATION_RULES["B"])
+    return math.prod(mesh.shape[name] for name in BATCH_AXES)

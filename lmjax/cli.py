@@ -22,6 +22,7 @@ USAGE = """usage: lmjax COMMAND …
   score MODEL --text T | --file F   surprisal, entropy and rank of every token, also as a page to read
   analyze loops | positions         where a model loops; loss by position beyond the trained length
   audit MODEL --data D --folder O   what a model memorised of given texts, beside a control; also as a page
+  audit exposure RUN --folder O     how much of its canaries a run remembers, by how often it saw them
   generate MODEL --prompt TEXT      continue a text with a trained model
   chat MODEL                        talk with a model in the terminal
   serve MODEL                       an HTTP endpoint like OpenAI's, with continuous batching

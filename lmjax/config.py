@@ -26,7 +26,8 @@ from ml_collections.config_flags import config_path
 
 from lmjax.axes import MeshConfig, abstract_mesh, batch_ways
 from lmjax.checkpoint import CheckpointConfig
-from lmjax.data import DataConfig, Protect, SourceConfig
+from lmjax.data import CanaryConfig, DataConfig, Injection, Protect, SourceConfig, Tokenizer
+from lmjax.data.inject import room_problems
 from lmjax.decode.generate import SampleConfig
 from lmjax.errors import ConfigError
 from lmjax.guard import GuardConfig
@@ -34,15 +35,16 @@ from lmjax.log import LogConfig
 from lmjax.losses.goldfish import GoldfishConfig, equal_steps
 from lmjax.models import ComputeConfig, DecoderConfig, MoEConfig, RopeScaling, preset
 from lmjax.nn.context import context_problem
+from lmjax.nn.pipeline import pipeline_problems
 from lmjax.objectives.pretrain import PretrainConfig
 from lmjax.optim import OptimConfig
 from lmjax.phases import LimitsConfig
 from lmjax.plain import build, not_finite, problems, read_json, shown
 
 __all__ = [
-    "CheckpointConfig", "ComputeConfig", "DataConfig", "DecoderConfig", "EvalConfig", "GoldfishConfig",
-    "GuardConfig", "LimitsConfig", "LogConfig", "MeshConfig", "MoEConfig", "OptimConfig", "PretrainConfig",
-    "RopeScaling", "RunConfig", "SampleConfig", "SourceConfig", "preset",
+    "CanaryConfig", "CheckpointConfig", "ComputeConfig", "DataConfig", "DecoderConfig", "EvalConfig",
+    "GoldfishConfig", "GuardConfig", "LimitsConfig", "LogConfig", "MeshConfig", "MoEConfig", "OptimConfig",
+    "PretrainConfig", "RopeScaling", "RunConfig", "SampleConfig", "SourceConfig", "preset",
 ]
 
 
@@ -143,6 +145,9 @@ def validate(config: RunConfig, num_devices: int, slices: int = 1, platform: str
                    f"fit into model.max_seq_len={c.model.max_seq_len}; lower it")
     if c.evals.every and not c.data.validation_fraction and any(s.kind != "shards" for s in c.data.sources):
         bad.append("data.validation_fraction=0 holds nothing out to evaluate on; raise it, or set evals.every=0")
+    canaries = c.data.canaries
+    if canaries and c.steps > 0 and c.batch_size > 0 and not c.data.problems() and not c.objective.problems():
+        bad += room_problems(canaries, c.total_steps, c.batch_size, "data.canaries.")
     bad += [f"{name}={value}: must be a finite number" for name, value in not_finite(c)
             if not any(problem.startswith(f"{name}=") for problem in bad)]
     if not mesh_problems and not c.model.problems():
@@ -177,6 +182,13 @@ def _mesh_problems(c: RunConfig, num_devices: int) -> list[str]:
     if mesh.shape["expert"] > 1 and model.d_model % split and not model.d_model % mesh.shape["fsdp"]:
         bad.append(f"mesh.fsdp x mesh.expert={split} does not divide model.d_model={model.d_model}: outside of the "
                    "experts both split it; choose sizes that do")
+    if not bad and not c.compute.problems() and c.batch_size > 0 and c.accumulate > 0:
+        bad += pipeline_problems(c.batch_size // (ways * c.accumulate), model.num_layers,
+                                 min(len(model.windows), model.num_layers), mesh.shape["pipeline"],
+                                 c.compute.pipeline_repeats, c.compute.pipeline_microbatches)
+    if mesh.shape["pipeline"] > 1 and moe:
+        bad.append(f"mesh.pipeline={mesh.shape['pipeline']}: layers with experts (model.moe) cannot be run by stages; "
+                   "set it to 1, and split the experts (mesh.expert) or the weights (mesh.fsdp)")
     if mesh.shape["expert"] > 1 and not moe:
         bad.append(f"mesh.expert={mesh.shape['expert']}: the model has no experts; set model.moe, or mesh.fsdp to it")
     return bad
@@ -188,6 +200,13 @@ def protection(c: RunConfig) -> Protect | None:
     if fish.strategy == "none" or (fish.strategy != "text_hash" and all(sources)):
         return None
     return Protect(sources, fish.strategy == "text_hash", fish.context, fish.seed)
+
+
+def injection(c: RunConfig, tokenizer: Tokenizer) -> Injection | None:
+    """The canaries of a run; None for none. Raises ConfigError where they do not fit."""
+    if c.data.canaries is None:
+        return None
+    return Injection(c.data.canaries, tokenizer, c.total_steps, c.batch_size, c.seq_len, protection(c))
 
 
 def ignored(c: RunConfig) -> list[str]:
@@ -202,7 +221,7 @@ def ignored(c: RunConfig) -> list[str]:
     if fish.strategy == "none":
         found += [f"data.sources[{i}].goldfish=False has no effect with strategy='none'"
                   for i, source in enumerate(c.data.sources) if not source.goldfish]
-    elif not any(source.goldfish for source in c.data.sources):
+    elif not any(source.goldfish for source in c.data.sources) and not c.data.canaries:
         found.append(f"objective.goldfish.strategy={fish.strategy!r} has no effect: no source has goldfish=True")
     if fish.strategy != "none" and fish.start >= c.total_steps:
         found.append(f"objective.goldfish.start={fish.start}: the run has {c.total_steps} steps, so nothing is ever "
@@ -216,6 +235,9 @@ def ignored(c: RunConfig) -> list[str]:
         found.append(f"optim.decay_fraction has no effect with schedule={c.optim.schedule!r}")
     if c.compute.context != "auto" and c.mesh.context == 1:
         found.append(f"compute.context={c.compute.context!r} has no effect with mesh.context=1")
+    found += [f"compute.{name}={getattr(c.compute, name)} has no effect with mesh.pipeline=1"
+              for name in ("pipeline_microbatches", "pipeline_repeats")
+              if c.mesh.pipeline == 1 and getattr(c.compute, name) != getattr(ComputeConfig(), name)]
     if c.mesh.zero1 and c.mesh.data == 1:
         found.append("mesh.zero1 has no effect with mesh.data=1: there is nothing to split the optimizer's state over")
     if c.model.moe is None:

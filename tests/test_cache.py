@@ -170,7 +170,7 @@ def by_mask(model, ids, window, sinks):
         return reference_attention(q, k, v, mask, scale=model.config.query_scale,
                                    softcap=model.config.attention_softcap), None
     def logits(model, ids):
-        x, _ = model._blocks(model._embed(ids, positions), positions, lambda _: attend, None)
+        x, _ = model._blocks(nnx.split(model.blocks)[1], model._embed(ids, positions), positions, attend)
         return model.logits(model.final_norm(x))
     return np.asarray(jax.jit(logits, compiler_options=QUICK)(model, ids))
 

@@ -12,21 +12,21 @@ from flax import nnx
 
 from lmjax import cli
 from lmjax.models import Decoder
-from lmjax.reproduce import capacity, levels
+from lmjax.reproduce import capacity, levels, seeds
 
 
 @pytest.mark.parametrize("shape, published", [((1, 32), 80_352), ((2, 128), 667_136), ((4, 128), 1_063_680)])
 def test_parameters_are_those_of_the_paper(shape, published):
-    shape = capacity.Shape(*shape, 4, 2048, 64)
+    shape = seeds.Shape(*shape, 4, 2048, 64)
     model = jax.eval_shape(lambda: nnx.split(Decoder(shape.model, 0))[1])
     assert shape.num_params == published == sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
 def test_bits_are_those_of_a_float64_forward_pass():
     """An untrained model memorises nothing; the bits are H minus the code length, computed here a second time."""
-    cell = capacity.Cell(capacity.SMALL, 20, 10, seeds=2)
-    training = capacity.Training(cell, 10)
-    params, _, data = training.start(np.arange(2))
+    cell = seeds.Cell(capacity.SMALL, 20, 10, seeds=2)
+    training, data = seeds.Training(cell, 10), capacity._data(cell)
+    params, _ = training.start(np.arange(2))
     graphdef = nnx.split(Decoder(cell.shape.model, 0))[0]
     for seed, nats in enumerate(np.asarray(training.nats(params, data))):
         pick = jax.tree.map(lambda a, seed=seed: a[seed], (params, data))
@@ -51,7 +51,7 @@ def test_all_that_can_be_known_is_memorised_and_nothing_beyond():
 
 def test_batches_of_an_epoch_are_every_sequence_once():
     data = {"tokens": jax.numpy.arange(12)[:, None]}
-    rows = [np.asarray(capacity._batch(data, jax.numpy.int32(step), 4, jax.random.key(0))["tokens"])[:, 0]
+    rows = [np.asarray(seeds.batch_of(data, jax.numpy.int32(step), 4, jax.random.key(0))["tokens"])[:, 0]
             for step in range(6)]
     assert sorted(np.concatenate(rows[:3])) == sorted(np.concatenate(rows[3:])) == list(range(12))
     assert not np.array_equal(rows[0], rows[3])
@@ -69,7 +69,7 @@ def test_fits_find_what_points_were_made_from():
 def test_a_run_goes_on_where_it_was_ended(tmp_path, monkeypatch, capsys):
     calls = []
 
-    def train(cell, say):
+    def train(cell, tell):
         calls.append(cell.sequences)
         return {"bits": np.array([1.0, 1.2]), "bits_bf16_weights": np.array([0.9, 1.0])}
 

@@ -1,11 +1,12 @@
 """What the train step's devices send each other, held in a golden file; the reader of HLO, on texts made by hand."""
 
+import dataclasses
 import functools
 import json
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # python tests/test_collectives.py writes the golden anew
+if __name__ == "__main__":  # python tests/test_collectives.py writes the golden anew; with names, of these meshes
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     import conftest  # noqa: F401  (eight fake devices, before JAX looks for any)
 
@@ -19,9 +20,10 @@ from lmjax.axes import MESH_AXES, MeshConfig, make_mesh
 from lmjax.checkpoint import abstract
 from lmjax.collectives import Collective, collectives, differences, summary
 from lmjax.loader import to_global
-from lmjax.models import ComputeConfig, Decoder, DecoderConfig
+from lmjax.models import ComputeConfig, Decoder, DecoderConfig, MoEConfig
 from lmjax.objectives import pretrain
 from lmjax.optim import OptimConfig, make_optimizer
+from lmjax.plan.hlo import read_program
 from lmjax.state import fresh_state, shardings
 from lmjax.step import make_train_step
 
@@ -39,16 +41,22 @@ PAIRS = {
     "data context gather": {"data": 2, "context": 4, "method": "gather"},
     "context tensor ring": {"context": 4, "tensor": 2, "method": "ring"},
     "fsdp accumulate": {"fsdp": 8, "accumulate": 2},
+    "pipeline": {"pipeline": 4, "layers": 4}, "pipeline repeats": {"pipeline": 2, "layers": 4, "repeats": 2},
+    "pipeline data": {"pipeline": 4, "data": 2, "layers": 4}, "pipeline fsdp": {"pipeline": 4, "fsdp": 2, "layers": 4},
+    "pipeline tensor": {"pipeline": 4, "tensor": 2, "layers": 4}, "expert": {"expert": 8, "experts": 8},
 }
 QUICKLY = ("data", "fsdp", "context ring")  # the others take minutes together
 
 
-def of_train_step(method: str = "auto", zero1: bool = False, accumulate: int = 1, **sizes: int) -> dict:
+def of_train_step(method: str = "auto", zero1: bool = False, accumulate: int = 1, layers: int = 3, repeats: int = 1,
+                  experts: int = 0, **sizes: int) -> dict:
     """The summary of a train step of MODEL, scanned layers, 16 rows of 64 tokens, on such a mesh."""
     config = MeshConfig(**({"data": 1} | sizes), zero1=zero1)
     mesh = make_mesh(config, jax.devices()[:int(np.prod(list(sizes.values())))])
     tx, schedule = make_optimizer(OptimConfig(), 10)
-    model = nnx.eval_shape(lambda: Decoder(MODEL, compute=ComputeConfig(layers="scan", context=method)))
+    like = dataclasses.replace(MODEL, num_layers=layers, moe=MoEConfig(experts, 2, 16) if experts else None)
+    compute = ComputeConfig(layers="scan", context=method, pipeline_repeats=repeats)
+    model = nnx.eval_shape(lambda: Decoder(like, compute=compute))
     graphdef, params = nnx.split(model)
     state = jax.eval_shape(functools.partial(fresh_state, tx=tx), nnx.to_pure_dict(params))
     placed = shardings(state, mesh, zero1)
@@ -83,6 +91,10 @@ def test_what_each_axis_is_for():
     ring, gather = (sum(v["bytes"] for k, v in meshes[f"context {how}"].items() if k.startswith("collective-permute"))
                     for how in ("ring", "gather"))
     assert ring > 4 * gather
+    # 16 micro-batches on 4 stages: 19 ticks, and as many in the backward pass, of [1, 64, 32] float32.
+    sent = meshes["pipeline"]["collective-permute over pipeline"]
+    assert sent == {"count": 2 * 19, "bytes": 2 * 19 * 64 * 32 * 4}
+    assert not any("all-to-all" in kind for kind in meshes["pipeline"])
 
 
 # ---- the reader ----------------------------------------------------------------------------------------
@@ -150,6 +162,52 @@ def test_loops_of_unknown_length_are_not_taken_for_certain():
     assert (move.count, move.exact, move.axes) == (5, False, ())
 
 
+def test_one_channel_may_be_of_several_collectives_and_several_lines_of_one():
+    """`jax.shard_map` gives all of its collectives one channel; what TPUs run beside products has one chain_id, and a
+    kernel's source stands among its lines."""
+    gather = "f32[16]{0} all-gather(%a), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}"
+    chained = gather + ', frontend_attributes={chain_id="3"}'
+    text = f"""HloModule m, num_partitions=8
+
+%start (a: f32[4]) -> f32[16] {{
+  ROOT %g.1 = {chained}
+}}
+
+%beside (a: f32[4]) -> f32[16] {{
+  ROOT %g.2 = {chained}
+}}
+
+ENTRY %main (arg: f32[4]) -> f32[16] {{
+  %keys = {gather}
+  %values = {gather}
+  %kernel = f32[8]{{0}} custom-call(%x), custom_call_target="tpu_custom_call", config={{"custom":{{"body":"
+module {{
+}}
+"}}}}
+  %one = f32[16]{{0}} fusion(%a), kind=kCustom, calls=%start
+  ROOT %two = f32[16]{{0}} fusion(%one), kind=kOutput, calls=%beside
+}}
+"""
+    for found in (text, text.replace(', frontend_attributes={chain_id="3"}', "")):
+        assert [c.count for c in collectives(found, {"a": 2, "b": 4})] == [3]
+        (message,) = read_program(found, {"a": 2, "b": 4}).collectives
+        assert (message.count, message.bytes, message.axis) == (3, 64, "b")
+    each = text.replace('chain_id="3"', 'chain_id="4"', 1)  # the known-wrong variant: nothing says that they are one
+    assert [c.count for c in collectives(each, None)] == [4]
+
+
+def test_a_condition_tells_turns_but_not_for_certain():
+    text = TEXT.replace('"known_trip_count":{"n":"3"}', "").replace("ENTRY", """%c (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[] constant(7)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY""")
+    (move,) = (c for c in collectives(text, None) if c.kind == "collective-permute")
+    assert (move.count, move.exact) == (5 * 7, False)
+
+
 def test_differences_are_lines_and_other_texts_are_refused():
     before = summary(collectives(TEXT, {"a": 8}))
     after = summary(collectives(TEXT.replace("f32[4]{0}, f32[4]{0}) all-reduce", "f32[8]{0}) all-reduce"), {"a": 8}))
@@ -161,11 +219,14 @@ def test_differences_are_lines_and_other_texts_are_refused():
 
 
 if __name__ == "__main__":
-    meshes = {}
-    for name, sizes in PAIRS.items():
+    asked, golden = sys.argv[1:] or list(PAIRS), json.loads(GOLDEN.read_text())
+    assert asked == list(PAIRS) or golden["jax"] == jax.__version__, "with another JAX, write all of them"
+    meshes = {name: values for name, values in golden["meshes"].items() if name in PAIRS}
+    for name in asked:
         print(name, flush=True)
-        meshes[name] = of_train_step(**sizes)
+        meshes[name] = of_train_step(**PAIRS[name])
         for kind, values in meshes[name].items():
             print(f"    {kind}: {values['count']} times, {values['bytes']:,} bytes", flush=True)
     assert all(axis in " ".join(PAIRS) for axis in MESH_AXES)
+    meshes = {name: meshes[name] for name in PAIRS if name in meshes}
     GOLDEN.write_text(json.dumps({"jax": jax.__version__, "meshes": meshes}, indent=1) + "\n")

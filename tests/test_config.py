@@ -176,8 +176,8 @@ def test_sections_stay_small():
 
 
 def test_mesh_sizes():
-    assert MeshConfig(-1, 2, 2).sizes(8) == (1, 2, 2, 1, 1, 2)
-    assert MeshConfig(2, -1, 1).sizes(6) == (1, 2, 3, 1, 1, 1)
+    assert MeshConfig(-1, 2, 2).sizes(8) == (1, 1, 2, 2, 1, 1, 2)
+    assert MeshConfig(2, -1, 1).sizes(6) == (1, 1, 2, 3, 1, 1, 1)
     assert MeshConfig(1, 1, 1).problems(8) and not MeshConfig().problems(8)
 
 
@@ -199,7 +199,8 @@ def test_golden_configs(path):
 
 
 def golden_text(path: Path) -> str:
-    config = load_config(path, ["--mesh.fsdp=4", "--batch_size=64", "--accumulate=1"])
+    context = min(load_config(path).mesh.context, 2)
+    config = load_config(path, ["--mesh.fsdp=4", f"--mesh.context={context}", "--batch_size=64", "--accumulate=1"])
     if config.data.sources[0].kind != "shards":
         return dry_run(config, 8) + "\n"
     # Its shards are named by whoever runs the recipe; a dry run looks for them.

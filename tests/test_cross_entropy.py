@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import QUICK
+from jax.sharding import NamedSharding
 
-from lmjax.axes import MeshConfig, make_mesh
+from lmjax.axes import ACTIVATION_RULES, WEIGHT_RULES, MeshConfig, make_mesh, spec
+from lmjax.collectives import collectives
 from lmjax.losses import cross_entropy as module
 from lmjax.losses.cross_entropy import cross_entropy, naive_cross_entropy
 
@@ -143,17 +146,93 @@ def test_vocabulary_is_never_whole():
     assert biggest(naive_cross_entropy) >= B * T * V
 
 
-def test_split_vocabulary_and_rows_give_the_same(monkeypatch):
-    x, head, targets, weights = inputs()
-    x, targets, weights = (np.concatenate([a, a[:1]]) for a in (x, targets, weights))  # 4 rows
-    head = head[:100]
-    targets = targets % 100
-    right = chunked(x, head, targets, weights, **ALL)
-    mesh = make_mesh(MeshConfig(2, 2, 2))
-    seen = []
-    original = module.constrain
-    monkeypatch.setattr(module, "constrain", lambda a, s: (seen.append(s), original(a, s))[1])
+# ---- on a mesh -----------------------------------------------------------------------------------------
+
+MESHES = [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 4, "tensor": 2},
+          {"expert": 4, "fsdp": 2}, {"replica": 2, "fsdp": 2, "context": 2}]
+CHUNK = 4 * 64 * 3  # bytes of the logits of three tokens, with the vocabulary whole
+
+
+def mesh_inputs(rows: int = 8, vocab: int = 64):
+    """x [rows, 20, 16], head, targets, and weights of which some devices have next to none."""
+    rng = np.random.default_rng(1)
+    x, head = rng.normal(size=(rows, 20, 16)).astype(np.float32), rng.normal(size=(vocab, 16)).astype(np.float32)
+    targets = rng.integers(-1, vocab + 1, (rows, 20)).astype(np.int32)  # labels out of range too
+    weights = rng.uniform(-1, 2, (rows, 20)) * (rng.random((rows, 20)) < np.linspace(0, 1, rows)[:, None])
+    return x, head, targets, weights.astype(np.float32)
+
+
+def compiled(args, sizes=None, **options):
+    """(compiled ((total, nll), (dx, dhead)), mesh) on so many devices; on one where sizes is None."""
+    def loss(x, head, targets, weights):
+        return cross_entropy(x, head, targets, weights, chunk_bytes=CHUNK, **options)
+    f = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    if sizes is None:
+        return jax.jit(f).lower(*args).compile(compiler_options=QUICK), None
+    mesh = make_mesh(MeshConfig(**({"data": 1} | sizes)), jax.devices()[:int(np.prod(list(sizes.values())))])
+    letters = ("BTD", "VD", "BT", "BT")
     with jax.set_mesh(mesh):
-        for ours, exact in zip(chunked(x, head, targets, weights, **ALL), right, strict=True):
-            np.testing.assert_allclose(ours, exact, rtol=2e-5, atol=1e-6)
-    assert "BTV" in seen
+        placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec(
+            name, a.shape, WEIGHT_RULES if name == "VD" else ACTIVATION_RULES, mesh)))
+            for a, name in zip(args, letters, strict=True)]
+        return jax.jit(f).lower(*placed).compile(compiler_options=QUICK), mesh
+
+
+def run_on(args, sizes=None, **options):
+    program, mesh = compiled(args, sizes, **options)
+    if mesh is not None:
+        args = [jax.device_put(a, s) for a, s in zip(args, program.input_shardings[0], strict=True)]
+    return [np.asarray(a, np.float64) for a in jax.tree.leaves(jax.device_get(program(*args)))]
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run_on(mesh_inputs(), **ALL)
+
+
+def worst(right, found):
+    return max(np.abs(a - b).max() / np.abs(a).max() for a, b in zip(right, found, strict=True))
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_every_mesh_gives_the_numbers_of_one_device(one_device, sizes):
+    """Loss, loss of each token, and both gradients, with every term: 1e-6 of the largest number of each."""
+    assert worst(one_device, run_on(mesh_inputs(), sizes, **ALL)) < 1e-6
+
+
+@pytest.mark.parametrize("rows,vocab,sizes", [(6, 64, {"data": 2, "fsdp": 4}), (3, 64, {"fsdp": 4, "context": 2}),
+                                              (8, 100, {"data": 1, "tensor": 8})])
+def test_what_does_not_divide_is_whole_on_every_device(rows, vocab, sizes):
+    args = mesh_inputs(rows, vocab)
+    assert worst(run_on(args), run_on(args, sizes)) < 1e-6
+
+
+def head_traffic(program, mesh, axes) -> dict[str, int]:
+    """{kind: how often} of what is as large as the float32 head [64, 16] without what `tensor` splits, along any of
+    these axes."""
+    found = {}
+    for c in collectives(program.as_text(), dict(mesh.shape)):
+        if set(c.axes) & set(axes) and c.bytes * mesh.shape["tensor"] >= 4 * 64 * 16:
+            found[c.kind] = found.get(c.kind, 0) + c.count
+    return found
+
+
+@pytest.mark.parametrize("sizes,expected", [
+    ({"data": 8}, {"all-reduce": 1}), ({"fsdp": 8}, {"all-gather": 1, "reduce-scatter": 1}),
+    ({"context": 4, "tensor": 2}, {"all-gather": 1, "reduce-scatter": 1})], ids=str)
+def test_the_head_is_gathered_once_and_its_gradient_sent_once(sizes, expected, monkeypatch):
+    """However many chunks there are: of 20 tokens a device, seven; `count` has the turns of loops in it."""
+    axes = set(sizes) - {"tensor"}
+    assert head_traffic(*compiled(mesh_inputs(), sizes), axes) == expected
+    # The known-wrong way, a sum over the devices in every chunk, is seen.
+    own = module._head_gradient
+    monkeypatch.setattr(module, "_head_gradient", lambda *a: jax.lax.psum(own(*a), tuple(axes)))
+    assert head_traffic(*compiled(mesh_inputs(), sizes), axes)["all-reduce"] >= 7
+
+
+def test_chunks_of_a_mesh_have_enough_tokens():
+    place = module._Place(("data",), ("tensor",))
+    assert module._chunks(8192, 128_256, 0, module._Place()) == 127  # 65 tokens, 32 MiB
+    assert module._chunks(8192, 128_256, 0, place) == 8 and module._chunks(100, 128_256, 0, place) == 1
+    assert module._chunks(8192, 2048, 0, place) == 2  # 32 MiB are more tokens
+    assert module._chunks(8192, 128_256, 2**25, place) == 127  # what is asked for is done

@@ -89,7 +89,7 @@ SIZES = {
     "model.post_norms": "True",
     "model.qk_norm": "True",
     "compute.layers": "scan unroll auto",
-    "compute.remat": "full dots",
+    "compute.remat": "full dots named offload",
     "mesh.data": "-1 8 1 1000000000",
     "mesh.fsdp": "1 2 8 -1",
     "mesh.tensor": "1 2 4 3",

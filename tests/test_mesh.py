@@ -201,5 +201,6 @@ def test_a_million_tokens_lower_for_256_devices(method):
         text = step.trace(abstract(plan.state, placed), batch).lower(lowering_platforms=("tpu",)).as_text()
     assert "1048576x1048576" not in text and "32768x32768" not in text
     keys_of_a_row = "tensor<1x1048576x8x64xbf16>" in text  # one row a device: the arrays of all rows begin with 8
-    assert keys_of_a_row == ("all_gather" in text) == (method == "gather")
+    gathers = text.count("stablehlo.all_gather")  # that of the output matrix, before the loss, is always there
+    assert keys_of_a_row == (gathers > 1) == (method == "gather")
     assert "collective_permute" in text

@@ -8,7 +8,7 @@ import pytest
 from lmjax.cli import main
 from lmjax.data import train_bpe
 from lmjax.losses.goldfish import TABLE_SIZE, hash_table_keep
-from lmjax.reproduce import near_duplicates, product_hash
+from lmjax.reproduce import lab, near_duplicates, product_hash
 from lmjax.reproduce.figure import Curve, Panel, panels
 
 
@@ -48,7 +48,7 @@ def test_entropy_of_a_good_index_is_near_its_limit():
 def test_copies_are_the_same_words_and_only_words_hide_them():
     from lmjax.data.normal import units
 
-    passages, background, held_out = near_duplicates.corpus(2)
+    passages, background, held_out = lab.prose(2, 75)
     assert not any(passage[:60] in " ".join(text.split()) for passage in passages for text in background + held_out)
     tokenizer = train_bpe(background[:10], 600)
     for kind in near_duplicates.KINDS:

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Room -> floor. A file may import its own room, and rooms of lower floors.
 FLOORS = {
-    "errors": 0, "axes": 0, "collectives": 0, "tree": 0, "process": 0, "hashing": 0, "hosts": 1, "records": 1,
-    "lease": 1, "phases": 1, "guard": 1, "plain": 1,
+    "errors": 0, "axes": 0, "hlo": 0, "tree": 0, "process": 0, "hashing": 0,
+    "collectives": 1, "hosts": 1, "records": 1, "lease": 1, "phases": 1, "guard": 1, "plain": 1,
     "nn": 1, "losses": 1, "data": 1, "optim": 1, "flops": 1, "log": 2,
     "models": 2, "loader": 2,
     "state": 3, "checkpoint": 3, "decode": 3, "objectives": 3,
@@ -24,8 +24,8 @@ FLOORS = {
     "reproduce": 9,
     "cli": 10, "__main__": 11,
 }
-NO_JAX = ("errors", "collectives", "process", "hashing", "lease", "phases", "records", "plain", "log", "data", "report",
-          "cli")
+NO_JAX = ("errors", "hlo", "collectives", "process", "hashing", "lease", "phases", "records", "plain", "log", "data",
+          "report", "cli")
 
 
 def room(path: Path) -> str:

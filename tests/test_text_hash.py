@@ -15,7 +15,7 @@ from lmjax.data.protect import NEVER, Marks, plain_pieces, token_values
 from lmjax.data.tokenizers import ByteTokenizer
 from lmjax.hashing import fmix32
 from lmjax.records import read_metrics
-from lmjax.reproduce.near_duplicates import Stream
+from lmjax.reproduce.lab import Stream
 from lmjax.train import train
 
 K = np.uint32(2**32 // 4)

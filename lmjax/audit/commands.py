@@ -15,6 +15,8 @@ def _parser() -> argparse.ArgumentParser:
 audit.html. A probe is a prefix of a document; what is asked is whether the model goes on with the document's next
 tokens. Always beside a control that never saw them and a base rate. Definitions: docs/audit.md.
 
+`lmjax audit exposure RUN` asks a run about its canaries instead (a model folder of that name: ./exposure).
+
 Stopped at any moment, the same command goes on where it was, and ends with the same bits.""")
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--data", required=True, metavar="FILE|FOLDER|RUN", help="text, a folder of text, .parquet, "
@@ -54,22 +56,67 @@ Stopped at any moment, the same command goes on where it was, and ends with the 
     return parser
 
 
+def _exposure_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lmjax audit exposure", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="""How much of its canaries (data.canaries) a run remembers, by how often it was trained on them:
+OUT/exposure.json, exposure.csv (one row a canary), exposure.html, and canaries.jsonl for `lmjax audit RUN --data`.
+Exposure is how far the model prefers a canary's own secret to those that it might have had instead, in bits.
+Definitions: docs/audit.md.
+
+Stopped at any moment, the same command goes on where it was, and ends with the same bits.""")
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("--folder", required=True, type=Path, metavar="OUT", help="what is written goes here")
+    parser.add_argument("--candidates", type=int, default=10_000, metavar="N", help="other secrets that each canary is "
+                        "ranked among: all, where there are no more than N, else N drawn at random and a distribution "
+                        "fitted to them (default %(default)s)")
+    parser.add_argument("--step", type=int, default=0, help="another checkpoint than the newest")
+    parser.add_argument("--seed", type=int, default=0, help="of intervals")
+    parser.add_argument("--batch-tokens", type=int, default=4096, metavar="N",
+                        help="that are on the devices at a time (default %(default)s)")
+    return parser
+
+
+def run_exposure(args: list[str]) -> int:
+    """`lmjax audit exposure`. Raises ConfigError for options that cannot be, all of them at once."""
+    options = _exposure_parser().parse_args(args)
+    bad = _too_low(candidates=(options.candidates, 20), step=(options.step, 0), seed=(options.seed, 0),
+                   batch_tokens=(options.batch_tokens, 1)) + _folder_problems(options.folder)
+    if bad:
+        raise ConfigError(*bad)
+    from lmjax.audit.canaries import exposure
+
+    exposure(options)
+    return 0
+
+
+def _too_low(**values: tuple[int | None, int]) -> list[str]:
+    """One line for each option (value, the least that it may be) below it."""
+    return [f"--{name.replace('_', '-')} {value}: must be at least {low}" for name, (value, low) in values.items()
+            if value is not None and value < low]
+
+
+def _folder_problems(folder: Path) -> list[str]:
+    if folder.name in ("", ".", ".."):
+        return [f"--folder {folder}: give the name of a new folder"]
+    if not folder.parent.is_dir():
+        return [f"--folder {folder}: {folder.parent} does not exist; make it, or give another name"]
+    return []
+
+
 def run_audit(args: list[str]) -> int:
     """Raises ConfigError for options that do not go together, all of them at once."""
+    if args[:1] == ["exposure"]:
+        return run_exposure(args[1:])
     options = _parser().parse_args(args)
-    bad = [f"--{name} {value}: must be at least {low}" for name, value, low in (
-        ("limit", options.limit, 1), ("continuations", options.continuations, 0), ("top-k", options.top_k, 0),
-        ("beams", options.beams, 0), ("recall", options.recall, 0), ("context", options.context, 2),
-        ("step", options.step, 0), ("seed", options.seed, 0), ("batch-tokens", options.batch_tokens, 1))
-        if value is not None and value < low]
+    bad = _too_low(limit=(options.limit, 1), continuations=(options.continuations, 0), top_k=(options.top_k, 0),
+                   beams=(options.beams, 0), recall=(options.recall, 0), context=(options.context, 2),
+                   step=(options.step, 0), seed=(options.seed, 0), batch_tokens=(options.batch_tokens, 1))
     if not 0.01 <= options.temperature <= 100:
         bad.append(f"--temperature {options.temperature:g}: must be from 0.01 to 100; greedy extraction is always told")
     if bool(options.members) != bool(options.nonmembers):
         bad.append("--members and --nonmembers go together; give both, of the same kind of text")
-    if options.folder.name in ("", ".", ".."):
-        bad.append(f"--folder {options.folder}: give the name of a new folder")
-    elif not options.folder.parent.is_dir():
-        bad.append(f"--folder {options.folder}: {options.folder.parent} does not exist; make it, or give another name")
+    bad += _folder_problems(options.folder)
     if bad:
         raise ConfigError(*bad)
     from lmjax.audit.run import audit

@@ -71,8 +71,8 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="of a round (default %(default)s)")
     parser.add_argument("--batch", type=int, default=0, help="rows (default: the shape's)")
     parser.add_argument("--seq-len", type=int, default=0, help="tokens of a row (default: the shape's)")
-    parser.add_argument("--remat", default="", choices=("", "none", "dots", "full"),
-                        help="default: the shape's; peers know none and full, which they take for dots too")
+    parser.add_argument("--remat", default="", choices=("", "none", "dots", "named", "full", "offload"),
+                        help="default: the shape's; peers know none and full, which they take for the others too")
     parser.add_argument("--attention", default="auto", help="compute.attention of ours (default %(default)s)")
     parser.add_argument("--turns", default="auto", choices=("auto", "yes", "no"),
                         help="yes: all stay in memory and take turns, round by round; no: one after another; auto: "

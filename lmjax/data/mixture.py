@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lmjax.data.canaries import CanaryConfig
 from lmjax.data.manifest import Manifest, damage, load_manifest, write_atomically
 from lmjax.data.policy import skipped_line
 from lmjax.data.prepare import SHARD_BYTES, Progress, prepare, training_documents
@@ -45,6 +46,7 @@ class DataConfig:
     workers              processes for preparing; 0 for every core
     verify               at every start hold each shard against its sha256 ("hashes"), or look at sizes only ("sizes",
                          for a corpus that is too large to read, or lies on storage that checks itself)
+    canaries             texts with a secret that training holds a known number of times; None for none
     """
 
     sources: tuple[SourceConfig, ...] = field(default_factory=lambda: (SourceConfig(),))
@@ -54,6 +56,7 @@ class DataConfig:
     cache_dir: str = "data"
     workers: int = 0
     verify: str = "hashes"
+    canaries: CanaryConfig | None = None
 
     def problems(self, prefix: str = "") -> list[str]:
         """Everything wrong with this config, one line each."""
@@ -85,7 +88,7 @@ class DataConfig:
                          f"{_WEIGHTS_APART:g} times apart; remove the source that is hardly ever read")
         if not self.cache_dir:
             found.append(f"{prefix}cache_dir: is empty; give a folder")
-        return found
+        return found + (self.canaries.problems(f"{prefix}canaries.") if self.canaries else [])
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,20 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lmjax.axes import constrain
 from lmjax.models import cached
 from lmjax.models.experts import MoE
 from lmjax.models.initial import EMBED_STD, cast, full_weight, random_weight
-from lmjax.nn.attention import self_attention
+from lmjax.nn.attention import KEPT, self_attention
 from lmjax.nn.cache import Cache, CacheConfig
 from lmjax.nn.context import choose_context, context_attention, from_zigzag, split_ways, to_zigzag
 from lmjax.nn.linear import project
 from lmjax.nn.mlp import ACTIVATIONS, feed_forward
 from lmjax.nn.moe import MoEConfig, RouterSums
 from lmjax.nn.norm import layer_norm, rms_norm
+from lmjax.nn.pipeline import pipeline, split_schedule
 from lmjax.nn.rope import RopeScaling, apply_rope, rope_frequencies, rope_magnitude, rotation
 
 # Far beyond any model, so that a slip of the finger is told before something loops over it.
@@ -131,7 +133,9 @@ class ComputeConfig:
 
     dtype: of activations and matrix products ("float32" or "bfloat16"); weights, norms, softmax and loss
     stay float32. remat: what the backward pass recomputes: "none" keeps every layer's activations, "full" keeps
-    only each block's input, "dots" keeps the outputs of matrix products. attention: "auto", "reference",
+    only each block's input, "dots" keeps the outputs of matrix products, "named" keeps a block's input, queries, keys,
+    values, attention's result and what it gives the residual stream, and computes the MLP again, "offload" is "full"
+    with the inputs of blocks in the host's memory (docs/performance.md). attention: "auto", "reference",
     "blockwise", "splash" (TPUs, rows of a multiple of 128 tokens), or "cudnn" (NVIDIA GPUs, bfloat16, no
     soft-cap). layers: "scan" compiles one layer (or one period of the window pattern) and loops over it, "unroll"
     compiles them all, which a CPU runs a little faster; "auto" unrolls a few layers on a CPU. context: where
@@ -139,6 +143,9 @@ class ComputeConfig:
     is the ring from 131,072 tokens a row on. experts: the product that a mixture of experts is made of, "ragged"
     (XLA's ragged_dot) or "blocks" (a loop over blocks of rows); "auto" takes blocks on a CPU. deterministic: GPUs give
     the same bits every time, a little slower (XLA's --xla_gpu_deterministic_ops); TPUs and CPUs always do.
+    pipeline_microbatches: parts of a batch that follow each other through the stages of mesh.pipeline, a multiple of
+    them; 0: as many as make the bubble small, if the rows allow. pipeline_repeats: how often each goes round, with so
+    much smaller groups of layers on a stage: a smaller bubble, and more to send.
     """
 
     dtype: str = "float32"
@@ -148,16 +155,22 @@ class ComputeConfig:
     context: str = "auto"
     experts: str = "auto"
     deterministic: bool = False
+    pipeline_microbatches: int = 0
+    pipeline_repeats: int = 1
 
     def problems(self, prefix: str = "compute") -> list[str]:
         choices = {"dtype": ("float32", "bfloat16"), "remat": tuple(REMAT),
                    "attention": ("auto", "reference", "blockwise", "splash", "cudnn"),
                    "layers": ("auto", "scan", "unroll"), "context": ("auto", "gather", "ring"),
                    "experts": ("auto", "ragged", "blocks")}
-        return [f"{prefix}.{name}={getattr(self, name)!r}: choose one of {', '.join(values)}"
-                for name, values in choices.items() if getattr(self, name) not in values]
+        bad = [f"{prefix}.{name}={getattr(self, name)!r}: choose one of {', '.join(values)}"
+               for name, values in choices.items() if getattr(self, name) not in values]
+        return bad + [f"{prefix}.{name}={getattr(self, name)}: must be at least {low}"
+                      for name, low in (("pipeline_microbatches", 0), ("pipeline_repeats", 1))
+                      if getattr(self, name) < low]
 
 
+INPUT = "input"  # name of a block's input, as KEPT
 # name -> wrapper of (function, whether it runs inside a scan). A scan keeps XLA from merging what is recomputed
 # with what was computed; outside of one, JAX has to.
 REMAT = {
@@ -165,6 +178,24 @@ REMAT = {
     "full": lambda f, scanned: jax.checkpoint(f, prevent_cse=not scanned),
     "dots": lambda f, scanned: jax.checkpoint(
         f, prevent_cse=not scanned, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "named": lambda f, scanned: jax.checkpoint(
+        f, prevent_cse=not scanned, policy=jax.checkpoint_policies.save_only_these_names(KEPT)),
+    "offload": lambda f, scanned: jax.checkpoint(
+        f, prevent_cse=not scanned, policy=jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT], offload_src="device",
+            offload_dst="pinned_host")),
+}
+
+
+# The same for the layers of a stage, which run once a tick. What is made of weights alone, their slices and casts, is
+# made again then rather than kept of every tick; and products have the stages as a batch dimension.
+WEIGHTS_ALONE = ("convert_element_type", "dynamic_slice", "gather", "slice", "squeeze", "reshape", "transpose")
+STAGE_REMAT = REMAT | {
+    "none": lambda f, scanned: jax.checkpoint(
+        f, prevent_cse=not scanned, policy=lambda prim, *_, **__: prim.name not in WEIGHTS_ALONE),
+    "dots": lambda f, scanned: jax.checkpoint(
+        f, prevent_cse=not scanned, policy=lambda prim, *_, **params: (
+            prim.name == "dot_general" and len(params["dimension_numbers"][1][0]) <= 1)),
 }
 
 
@@ -269,10 +300,12 @@ class Block(nnx.Module):
     def __call__(self, x_BTD, cos_sin, attend, window: int, weights_BT=None):
         """`attend(q, k, v, window) -> (y_BTNH, extra)`; returns (x, extra, sums). sums: a mixture's `RouterSums` over
         tokens with these weights; None where there are none, or no mixture."""
-        q, k, v = self.attention.qkv(self.attention_norm(x_BTD), cos_sin)
+        x_BTD = checkpoint_name(x_BTD, INPUT)
+        q, k, v = checkpoint_name(self.attention.qkv(self.attention_norm(x_BTD), cos_sin), KEPT)
         y, extra = attend(q, k, v, window)
         y = self.attention.out(y)
         x_BTD = constrain(x_BTD + (self.attention_post_norm(y) if self.attention_post_norm else y), "BTD")
+        x_BTD = checkpoint_name(x_BTD, KEPT)
         y = self.mlp_norm(x_BTD)
         y, sums = self.mlp(y, weights_BT) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
         x_BTD = constrain(x_BTD + (self.mlp_post_norm(y) if self.mlp_post_norm else y), "BTD")
@@ -332,15 +365,26 @@ class Decoder(nnx.Module):
             tokens_BT, segments_BT, positions_BT, weights_BT = to_zigzag(
                 (tokens_BT, segments_BT, positions_BT, weights_BT), ways)
 
-        def attend(q, k, v, window):
-            terms = {"scale": c.query_scale, "softcap": c.attention_softcap, "window": window}
-            if ways > 1:
-                method, _ = choose_context(self.compute.context, T)
-                return context_attention(q, k, v, segments_BT, ways=ways, method=method, **terms), None
-            return self_attention(q, k, v, segments_BT, implementation=self.compute.attention, **terms), None
+        def run(params, x_BTD, about, pick=None):
+            segments_BT, positions_BT, weights_BT = about
 
-        x_BTD, (_, sums) = self._blocks(self._embed(tokens_BT, positions_BT), positions_BT, lambda _: attend, None,
-                                        weights_BT)
+            def attend(q, k, v, window):
+                terms = {"scale": c.query_scale, "softcap": c.attention_softcap, "window": window}
+                if ways > 1:
+                    method, _ = choose_context(self.compute.context, T)
+                    return context_attention(q, k, v, segments_BT, ways=ways, method=method, **terms), None
+                return self_attention(q, k, v, segments_BT, implementation=self.compute.attention, **terms), None
+
+            return self._blocks(params, x_BTD, positions_BT, attend, weights_BT, pick)
+
+        x_BTD, about = self._embed(tokens_BT, positions_BT), (segments_BT, positions_BT, weights_BT)
+        params, sums = nnx.split(self.blocks)[1], None
+        schedule = split_schedule(tokens_BT.shape[0], c.num_layers, min(len(c.windows), c.num_layers),
+                                  self.compute.pipeline_repeats, self.compute.pipeline_microbatches)
+        if schedule and not c.moe:
+            x_BTD = pipeline(lambda *args: run(*args)[0], params, x_BTD, about, schedule)
+        else:
+            x_BTD, sums = run(params, x_BTD, about)
         x_BTD = self.final_norm(x_BTD)
         return from_zigzag(x_BTD, ways) if ways > 1 else x_BTD, sums
 
@@ -392,26 +436,25 @@ class Decoder(nnx.Module):
         local = turns(c.rope_local_theta, None) if any(c.windows) else None
         return everywhere, local
 
-    def _blocks(self, x_BTD, positions_BT, attend_with, extras, weights_BT=None):
-        """Runs every layer: whole periods of the window pattern in a scan, what is left over after it.
+    def _blocks(self, params, x_BTD, positions_BT, attend, weights_BT=None, pick=None):
+        """(x, `RouterSums` of each layer) after a stack of layers: whole periods of the window pattern in a scan, what
+        is left over after it.
 
-        Windows stay static inside the scan's body, so that masked blocks are skipped. `extras` is a pytree with
-        a leading layer dimension: each layer's slice makes its `attend`, whose second result is stacked in its
-        place, beside the sums of each layer's router.
+        Windows stay static inside the scan's body, so that masked blocks are skipped. params: of all layers, or of
+        those of a stage; then `pick` makes the weights of one layer of its part of them, and is recomputed with it.
         """
-        graphdef, params = nnx.split(self.blocks)
-        windows, depth = self.config.windows, self.config.num_layers
+        graphdef = nnx.split(self.blocks)[0]
+        windows, depth = self.config.windows, jax.tree.leaves(params)[0].shape[0]
         rotations = self.rotations(positions_BT)
         period = min(len(windows), depth)
         groups = depth // period if scan_layers(self.compute.layers, depth)[0] else 0
 
-        def layer(x, params_and_extra, i, scanned=True):
-            params, extra = params_and_extra
-            run = REMAT[self.compute.remat](
-                lambda p, x, extra: nnx.merge(graphdef, p)(
-                    x, rotations[windows[i] > 0], attend_with(extra), windows[i], weights_BT), scanned)
-            x, *out = run(params, x, extra)
-            return x, tuple(out)
+        def layer(x, params, i, scanned=True):
+            def block(p, x):
+                p = jax.tree.map(pick, p) if pick else p
+                x, _, sums = nnx.merge(graphdef, p)(x, rotations[windows[i] > 0], attend, windows[i], weights_BT)
+                return x, sums
+            return (STAGE_REMAT if pick else REMAT)[self.compute.remat](block, scanned)(params, x)
 
         def group(x, stacked):
             outs = []
@@ -422,10 +465,10 @@ class Decoder(nnx.Module):
 
         whole, parts = groups * period, []
         if groups:
-            stacked = jax.tree.map(lambda a: a[:whole].reshape(groups, period, *a.shape[1:]), (params, extras))
+            stacked = jax.tree.map(lambda a: a[:whole].reshape(groups, period, *a.shape[1:]), params)
             x_BTD, outs = jax.lax.scan(group, x_BTD, stacked)
             parts.append(jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), outs))
         for n in range(whole, depth):
-            x_BTD, out = layer(x_BTD, jax.tree.map(lambda a, n=n: a[n], (params, extras)), n % period, False)
+            x_BTD, out = layer(x_BTD, jax.tree.map(lambda a, n=n: a[n], params), n % period, False)
             parts.append(jax.tree.map(lambda o: o[None], out))
         return x_BTD, jax.tree.map(lambda *o: jnp.concatenate(o), *parts)

@@ -12,10 +12,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lmjax.axes import constrain
 
 MASKED = -1e30  # finite, so that a row with nothing to see gives no NaN
+# What compute.remat=named keeps of a block bears this name. What attention returns is among it; where a derivative is
+# written by hand its residuals are, or the scores would be computed again to have them.
+KEPT = "kept"
 
 
 def causal_mask(q_index_T: jax.Array, k_index_S: jax.Array, window: int = 0) -> jax.Array:
@@ -127,7 +131,8 @@ def self_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segm
         from lmjax.nn.splash import splash_attention  # only here: Pallas takes long to import, and few need it
 
         out = splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale=scale, softcap=softcap, window=window)
-    elif implementation == "cudnn":
+        return constrain(out, "BTNH")
+    if implementation == "cudnn":
         out = cudnn_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale=scale, window=window)
     elif implementation == "blockwise":
         out = blockwise_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale=scale, softcap=softcap,
@@ -138,4 +143,4 @@ def self_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segm
         if segments_BT is not None:
             mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
         out = reference_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTS, scale=scale, softcap=softcap)
-    return constrain(out, "BTNH")
+    return checkpoint_name(constrain(out, "BTNH"), KEPT)

@@ -28,10 +28,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from lmjax.axes import ACTIVATION_RULES, context_ways, spec
-from lmjax.nn.attention import MASKED
+from lmjax.nn.attention import KEPT, MASKED
 
 AXIS = "context"
 BLOCK = 512  # tokens, at most; scores of one block of queries and one of keys exist at a time
@@ -257,7 +258,10 @@ def _cut_keys(k, v, segments, index, block: int) -> _Keys:
 def _prepare(q, k, segments, s: Settings) -> tuple:
     """(block, blocks of queries, this device's place on the axis)."""
     B, T, N, H = q.shape
-    block, here = _block(T), jax.lax.axis_index(AXIS)
+    # What depends on places and documents alone is the same in every layer, and JAX would move it out of their loop:
+    # the masks of all pairs of blocks of all stops, in memory at once. Here it depends on the queries.
+    q, segments, here = jax.lax.optimization_barrier((q, segments, jax.lax.axis_index(AXIS)))
+    block = _block(T)
     K = k.shape[2]
     q_BKGTH = jnp.moveaxis((q * s.scale).reshape(B, T, K, N // K, H), 1, 3)
     queries = _Queries(_cut(q_BKGTH, 3, block), _cut(segments, 1, block), _cut(held_index(here, s.ways, T), 0, block))
@@ -360,7 +364,7 @@ def _attention_fwd(q, k, v, segments, s: Settings):
     *specs, lse_spec = _specs(q, k, segments)
     run = jax.shard_map(functools.partial(_forward, s=s), in_specs=tuple(specs), out_specs=(specs[0], lse_spec),
                         check_vma=False)
-    out, lse = run(q, k, v, segments)
+    out, lse = checkpoint_name(run(q, k, v, segments), KEPT)
     return out, (q, k, v, segments, out, lse)
 
 

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 BLOCK = 64  # rows that meet a matrix at once: enough to pay for reading it
 
 
-def choose_experts(implementation: str) -> tuple[str, str]:
-    """(what runs, reason) of compute.experts on this backend, in words for the start of a run."""
+def choose_experts(implementation: str, platform: str | None = None) -> tuple[str, str]:
+    """(what runs, reason) of compute.experts, in words for the start of a run. platform: "cpu", "gpu" or "tpu"; None:
+    this process's."""
     if implementation != "auto":
         return implementation, "set by compute.experts"
-    if jax.default_backend() == "cpu":
+    if (platform or jax.default_backend()) == "cpu":
         return "blocks", "on a CPU ragged_dot multiplies every row with every expert"
     return "ragged", "XLA's ragged_dot"
 

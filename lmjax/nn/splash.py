@@ -14,6 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from lmjax.axes import activation_spec
+from lmjax.nn.attention import KEPT
 
 LANES = 128  # of a TPU's vector unit: rows must be a multiple, and so are the kernel's blocks
 LARGEST_BLOCK = 512
@@ -51,7 +52,8 @@ def _rows(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, scale, softcap, window, block,
     sizes = kernel.BlockSizes(**{f"block_{name}": block for name in (
         "q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")})
     attend = kernel.make_splash_mha_single_device(
-        masks.MultiHeadMask([mask] * N), block_sizes=sizes, attn_logits_soft_cap=softcap or None, interpret=interpret)
+        masks.MultiHeadMask([mask] * N), block_sizes=sizes, attn_logits_soft_cap=softcap or None, interpret=interpret,
+        residual_checkpoint_name=KEPT)
     q_BNTH, k_BKTH, v_BKTH = (jnp.moveaxis(x, 2, 1) for x in (q_BTNH * scale, k_BTKH, v_BTKH))
     if segments_BT is None:
         out_BNTH = jax.vmap(lambda q, k, v: attend(q, k, v))(q_BNTH, k_BKTH, v_BKTH)

@@ -21,6 +21,9 @@ import re
 from lmjax.errors import ConfigError
 
 GIB = 2**30
+# Bytes/s between a chip and its host's memory, one way, for activations that wait there. An assumption, the same for
+# every chip: about 16 lanes of PCIe 3.0 (15.75e9 by its standard), of which newer hosts have two or four times.
+HOST_RATE = 1.5e10
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,13 @@ from lmjax.data import SourceConfig, load_tokenizer
 from lmjax.errors import ConfigError
 from lmjax.models.decoder import REMAT
 from lmjax.nn.attention import choose_attention
+from lmjax.nn.context import choose_context
+from lmjax.nn.grouped import choose_experts
 from lmjax.optim import make_optimizer
 from lmjax.plan.aot import Compiled, compile_for, missing
 from lmjax.plan.machine import Machine
 from lmjax.plan.page import Planned
-from lmjax.plan.roofline import efficiencies, step_times
+from lmjax.plan.roofline import Work, efficiencies, step_times
 from lmjax.plan.state import bytes_per_device, make_plan
 from lmjax.plan.work import Split, activation_bytes, analytic
 from lmjax.state import shardings
@@ -28,14 +30,16 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
     Raises ConfigError with every problem, those of slices among them.
     """
     compute, devices = config.compute, machine.num_devices
-    if config.model.moe:
-        raise ConfigError("model.moe: the roofline does not know mixtures of experts yet; `lmjax train --dry-run` has "
-                          "their parameters, bytes and FLOPs")
+    if config.mesh.pipeline != 1:
+        raise ConfigError(f"mesh.pipeline={config.mesh.pipeline}: the roofline does not know pipelines yet; set it to "
+                          "1, or see `lmjax train --dry-run`, which has their parameters, bytes and bubble")
     if compute.attention == "auto" and config.mesh.context == 1:
         chosen = choose_attention("auto", config.seq_len, compute.dtype, machine.chip.kind)[0]
         compute = dataclasses.replace(compute, attention=chosen)
     if compute.layers == "auto":
         compute = dataclasses.replace(compute, layers="scan")
+    if config.model.moe and compute.experts == "auto":  # this process has another backend
+        compute = dataclasses.replace(compute, experts=choose_experts("auto", machine.chip.kind)[0])
     config = dataclasses.replace(config, compute=compute)
     # A plan needs no data, so sources that are not there yet are no problem of it.
     without_data = dataclasses.replace(config.data, sources=(SourceConfig(),))
@@ -48,10 +52,17 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
 
 
 def split_of(config: RunConfig, num_devices: int) -> Split:
-    """The mesh as the roofline knows it; axes that it does not know count as data."""
+    """The mesh as the roofline knows it: `replica` and `data` are one. The config is a resolved one."""
     sizes = dict(zip(MESH_AXES, config.mesh.sizes(num_devices), strict=True))
-    fsdp, tensor = sizes["fsdp"], sizes["tensor"]
-    return Split(num_devices // (fsdp * tensor), fsdp, tensor)
+    assert sizes.pop("pipeline") == 1
+    return Split(sizes.pop("replica") * sizes.pop("data"), **sizes)
+
+
+def work_of(config: RunConfig, num_devices: int) -> Work:
+    """`analytic` of a resolved config."""
+    return analytic(config.model, split_of(config, num_devices), config.batch_size, config.seq_len,
+                    config.compute.remat, config.accumulate,
+                    ring=choose_context(config.compute.context, config.seq_len)[0] == "ring")
 
 
 def make(config: RunConfig, machine: Machine, *, compiles: bool = True, price: float | None = None,
@@ -62,10 +73,10 @@ def make(config: RunConfig, machine: Machine, *, compiles: bool = True, price: f
     mesh = abstract_mesh(config.mesh, machine.num_devices)
     state = make_plan(config, make_optimizer(config.optim, config.total_steps)[0], mesh)
     split = split_of(config, machine.num_devices)
-    work = analytic(config.model, split, config.batch_size, config.seq_len, config.compute.remat, config.accumulate)
+    work = work_of(config, machine.num_devices)
     if machine.chip.devices > 1:  # figures of a chip, like its peak
         work = dataclasses.replace(work, **{name: getattr(work, name) * machine.chip.devices
-                                            for name in ("model_flops", "flops", "hbm")})
+                                            for name in ("model_flops", "flops", "hbm", "host")})
     activations = {remat: activation_bytes(config.model, split, config.batch_size, config.seq_len, remat,
                                            config.accumulate) for remat in REMAT}
     why_not = missing(machine) if compiles else "not asked for (--no-compile)"
@@ -91,11 +102,16 @@ def compiler_seconds(compiled: Compiled, config: RunConfig, machine: Machine, ne
     peak, and the network where it takes longer than everything else."""
     if not machine.chip.clock or not compiled.program.cycles:
         return None
+    if config.mesh.context > 1:  # blocks of scores that are skipped at run time have cycles as the others do
+        return None
+    if config.model.moe and config.compute.experts == "ragged":
+        # No cycles for the kernels of ragged_dot, and for its gradients by the weights those of every row with every
+        # expert, though the program says that it skips what is masked.
+        return None
     seconds = compiled.program.cycles / machine.chip.clock
     if compiled.program.kernels:
         def flops(layers_of_attention: bool) -> float:
             model = config.model if layers_of_attention else dataclasses.replace(config.model, windows=(1,))
-            return analytic(model, split_of(config, machine.num_devices), config.batch_size, config.seq_len,
-                            config.compute.remat).flops
+            return work_of(dataclasses.replace(config, model=model), machine.num_devices).flops
         seconds += (flops(True) - flops(False)) / (machine.chip.peak * efficiencies(machine.name)[1])
     return max(seconds, network)

@@ -8,12 +8,13 @@ import dataclasses
 from lmjax.config import RunConfig
 from lmjax.log import format_bytes, format_count, format_duration
 from lmjax.nn.attention import choose_attention
+from lmjax.nn.context import choose_context
 from lmjax.plan.aot import Compiled, TooLarge
-from lmjax.plan.machine import Machine
+from lmjax.plan.machine import HOST_RATE, Machine
 from lmjax.plan.roofline import Times, Work, efficiencies, message_seconds
 
-ADVICE = ("lower batch_size or raise accumulate, compute.remat=full, split more (mesh.fsdp, mesh.tensor), or a larger "
-          "slice")
+ADVICE = ("lower batch_size or raise accumulate, compute.remat=full or =offload, split more (mesh.fsdp, mesh.tensor), "
+          "or a larger slice")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +59,15 @@ def page(p: Planned) -> str:
     likely = p.times.step[1]
     axes = " x ".join(f"{name}={size}" for name, size in p.mesh.items() if size > 1) or "one device"
     attention = choose_attention(c.compute.attention, c.seq_len, c.compute.dtype, chip.kind)[0]
+    if c.mesh.context > 1:
+        attention = f"{choose_context(c.compute.context, c.seq_len)[0]} over context"
     tokens = p.tokens / p.machine.chips
     lines = [
         f"{c.name} on {p.machine}: {p.machine.chips:,} chips, mesh {axes}",
         f"model        {p.num_params:,} parameters ({format_count(p.num_params)}), {c.compute.dtype}, remat "
-        f"{c.compute.remat}, attention {attention}",
+        f"{c.compute.remat}, attention {attention}" + (
+            f", {c.model.moe.experts_per_token} of {c.model.moe.num_experts} experts a token ({c.compute.experts})"
+            if c.model.moe else ""),
         f"batch        {c.batch_size:,} rows x {c.seq_len:,} = {format_count(p.tokens)} tokens a step, {tokens:,.0f} a "
         f"chip" + (f", in {c.accumulate} micro-batches" if c.accumulate > 1 else ""),
         "", *_memory(p),
@@ -152,6 +157,8 @@ def _times(p: Planned) -> list[str]:
              f"  memory     {_seconds(t.memory)}",
              f"  network    {_seconds(t.network)} beside the products, {_seconds(t.exposed)} between "
              "them",
+             *([f"  host       {_seconds(t.host)} for {format_bytes(p.work.host)} of activations there and back"]
+               if t.host else []),
              f"  step       {_seconds(mid)} ({_seconds(fast)} to {_seconds(slow)}), limited by "
              f"{t.limit}",
              f"  MFU        {t.mfu[1]:.0%} ({t.mfu[2]:.0%} to {t.mfu[0]:.0%})"]
@@ -167,7 +174,8 @@ def _times(p: Planned) -> list[str]:
 def _assumptions(p: Planned) -> list[str]:
     chip, (best, likely, worst) = p.machine.chip, efficiencies(p.machine.name)
     return [f"assumed      peak {chip.peak / 1e12:,.0f} TFLOP/s and {chip.hbm_rate / 1e12:.2f} TB/s a chip; "
-            f"{chip.link / 1e9:.0f} GB/s a link one way, {chip.network / 1e9:.2f} GB/s a chip beyond; products at "
+            f"{chip.link / 1e9:.0f} GB/s a link one way, {chip.network / 1e9:.2f} GB/s a chip beyond"
+            + (f", {HOST_RATE / 1e9:.0f} GB/s to the host" if p.work.host else "") + "; products at "
             f"{best:.0%}, {likely:.0%} or {worst:.0%} of the peak; no latency, no input or checkpoint stalls. Nothing "
             "here is a measurement; docs/planning.md says how far off it was for runs that were."]
 
@@ -182,7 +190,8 @@ def to_json(p: Planned) -> dict:
                   "optimizer": p.moments} | (
             {"arguments": done.argument, "temporaries": done.temp, "total": done.total}
             if isinstance(done, Compiled) else {}),
-        "work": {"model_flops": p.work.model_flops, "flops": p.work.flops, "bytes": p.work.hbm},
+        "work": {"model_flops": p.work.model_flops, "flops": p.work.flops, "bytes": p.work.hbm,
+                 "host_bytes": p.work.host},
         "collectives": [dataclasses.asdict(m) for m in (
             done.program.collectives if isinstance(done, Compiled) else p.work.messages)],
         "seconds": dict(zip(("fast", "likely", "slow"), p.times.step, strict=True)) | {"compiler": p.second},

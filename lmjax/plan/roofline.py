@@ -16,7 +16,7 @@ Latency is left out: it counts where messages are small, so small models on many
 
 import dataclasses
 
-from lmjax.plan.machine import HOST_GPUS, Machine
+from lmjax.plan.machine import HOST_GPUS, HOST_RATE, Machine
 
 # Shares of the peak that matrix products reach when they wait for nothing: (best, likely, worst). The likely ones are
 # fitted to the published runs of lmjax.plan.published, chip by chip (`lmjax plan --validate` fits them again and shows
@@ -43,12 +43,13 @@ class Message:
 @dataclasses.dataclass(frozen=True)
 class Work:
     """One step on one chip. model_flops: what MFU counts. flops: what is computed, recomputation too. hbm: bytes to
-    and from memory."""
+    and from memory. host: to and from the host's memory."""
 
     model_flops: float
     flops: float
     hbm: float
     messages: tuple[Message, ...] = ()
+    host: float = 0.0
 
 
 def message_seconds(message: Message, machine: Machine) -> float:
@@ -74,33 +75,40 @@ def efficiencies(name: str) -> tuple[float, float, float]:
 @dataclasses.dataclass(frozen=True)
 class Times:
     """Seconds of a step: products at the whole peak (compute) and at the likely share of it (products), memory, network
-    that products can hide and that they cannot (exposed); step: (fast, likely, slow); mfu: of those."""
+    that products can hide and that they cannot (exposed), activations to the host and back; step: (fast, likely,
+    slow); mfu: of those."""
 
     compute: float
     products: float
     memory: float
     network: float
     exposed: float
+    host: float
     step: tuple[float, float, float]
     mfu: tuple[float, float, float]
 
     @property
     def limit(self) -> str:
         """The longest part of the likely time, in words."""
-        parts = {"matrix products": self.products, "memory": self.memory, "network": self.network + self.exposed}
+        parts = {"matrix products": self.products, "memory": self.memory, "network": self.network + self.exposed,
+                 "link to the host": self.host}
         return max(parts, key=parts.get)
 
 
 def step_times(work: Work, machine: Machine, shares: tuple[float, float, float] | None = None) -> Times:
-    """fast: memory and network wholly behind the products. likely: but for messages that the next product waits for
-    (tensor axis). slow: every message waited for."""
+    """fast: memory, network and host wholly behind the products. likely: but for messages that the next product waits
+    for: those of `tensor`, and of `expert` alone, which are tokens. slow: every message and every byte of the host
+    waited for."""
     best, likely, worst = shares or efficiencies(machine.name)
     compute = work.flops / machine.chip.peak
     memory = work.hbm / machine.chip.hbm_rate
     seconds = {m: message_seconds(m, machine) for m in work.messages}
-    exposed = sum(s for m, s in seconds.items() if m.axis.startswith("tensor"))
+    exposed = sum(s for m, s in seconds.items()
+                  if m.axis.startswith("tensor") or m.axis in ("expert", "expert (tokens)"))
     network = sum(seconds.values()) - exposed
-    step = (max(compute / best, memory, network + exposed), max(compute / likely + exposed, memory, network + exposed),
-            max(compute / worst, memory) + network + exposed)
+    host = work.host / HOST_RATE
+    step = (max(compute / best, memory, network + exposed, host),
+            max(compute / likely + exposed, memory, network + exposed, host),
+            max(compute / worst, memory) + network + exposed + host)
     ideal = work.model_flops / machine.chip.peak
-    return Times(compute, compute / likely, memory, network, exposed, step, tuple(ideal / s for s in step))
+    return Times(compute, compute / likely, memory, network, exposed, host, step, tuple(ideal / s for s in step))

@@ -6,6 +6,7 @@ compiler is asked; the rest is compiled in the order of the roofline's speed unt
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator
 
@@ -19,7 +20,8 @@ from lmjax.plan.machine import Machine
 from lmjax.plan.make import make
 from lmjax.plan.page import Planned
 
-BATCHES = (1, 2, 4, 8, 16, 32)  # rows of a device
+BATCHES = (1, 2, 4, 8, 16, 32)  # rows of a device, or of the devices that share rows
+MOST_TOKENS = 2**17  # of a device
 HOPELESS = 1.5  # an estimate so many times the memory is not worth compiling
 
 
@@ -34,7 +36,9 @@ class Trial:
     def settings(self) -> str:
         c = self.plan.config
         axes = " ".join(f"{n}={s}" for n, s in self.plan.mesh.items() if s > 1) or "one device"
-        return f"{axes}, {c.batch_size // self.plan.machine.num_devices or 1} rows a device, remat {c.compute.remat}"
+        rows = c.batch_size * c.mesh.context // self.plan.machine.num_devices or 1
+        where = "a device" if c.mesh.context == 1 else f"on {c.mesh.context} devices"
+        return f"{axes}, {rows} rows {where}, remat {c.compute.remat}"
 
     @property
     def rate(self) -> float:
@@ -51,19 +55,23 @@ class Trial:
 
 
 def candidates(config: RunConfig, machine: Machine) -> Iterator[RunConfig]:
-    """Configs with other meshes, batches and remat; those that a mesh cannot divide are for `make` to refuse."""
-    devices = machine.num_devices
-    inside = devices // machine.slices  # only `replica` crosses slices
-    for tensor in (t for t in (1, 2, 4, 8, 16) if t <= inside):
-        for fsdp in sorted({inside // tensor, max(inside // tensor // 4, 1)}):
-            if inside % (tensor * fsdp):
+    """Configs with other meshes, batches and remat; those that a mesh cannot divide are for `make` to refuse. `context`
+    stays what it is: it follows from the length of rows."""
+    devices, context = machine.num_devices, config.mesh.context
+    inside = devices // machine.slices // context  # only `replica` crosses slices
+    most = config.model.moe.num_experts if config.model.moe else 1
+    for tensor, expert in itertools.product((1, 2, 4, 8, 16), (e for e in (1, 2, 4, 8, 16) if e <= most)):
+        rest = inside // (tensor * expert)
+        for fsdp in sorted({rest, max(rest // 4, 1)} if rest else ()):
+            if inside % (tensor * expert * fsdp):
                 continue
-            mesh = MeshConfig(data=inside // (tensor * fsdp), fsdp=fsdp, tensor=tensor, replica=machine.slices)
+            mesh = MeshConfig(data=rest // fsdp, fsdp=fsdp, tensor=tensor, replica=machine.slices, expert=expert,
+                              context=context)
             for rows in BATCHES:
-                if rows * config.seq_len > 2**17:  # tokens of a device
+                if rows * config.seq_len // context > MOST_TOKENS:
                     continue
                 for remat in REMAT:
-                    yield dataclasses.replace(config, mesh=mesh, batch_size=rows * devices, accumulate=1,
+                    yield dataclasses.replace(config, mesh=mesh, batch_size=rows * devices // context, accumulate=1,
                                               compute=dataclasses.replace(config.compute, remat=remat))
 
 

@@ -13,10 +13,12 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from lmjax import flops
+from lmjax.axes import batch_ways
 from lmjax.config import RunConfig
 from lmjax.log import format_bytes, format_count
 from lmjax.losses.goldfish import dropped_steps
 from lmjax.models import Decoder
+from lmjax.nn.pipeline import Schedule, choose_micro
 from lmjax.state import TrainState, make_init, shardings
 from lmjax.tree import count, named_leaves
 
@@ -85,6 +87,20 @@ def supervised(config: RunConfig) -> list[str]:
             f"rest{longer}"]
 
 
+def pipelined(plan: Plan, config: RunConfig) -> list[str]:
+    """One line on the stages of the layers and what they cost; none for a run without."""
+    stages, repeats = plan.mesh.shape["pipeline"], config.compute.pipeline_repeats
+    if stages == 1:
+        return []
+    rows = config.batch_size // (batch_ways(plan.mesh) * config.accumulate)
+    micro, why = choose_micro(config.compute.pipeline_microbatches, rows, stages, repeats)
+    each = config.model.num_layers // (stages * repeats)
+    layers = f"{each} layer{'s' * (each > 1)}"
+    turns = f"{stages} stages, each {repeats} times with {layers}" if repeats > 1 else f"{stages} stages of {layers}"
+    return [f"pipeline     {turns}; {micro} micro-batches ({why}); bubble "
+            f"{Schedule(stages, repeats, micro).bubble:.1%} of a stage's time"]
+
+
 def describe(plan: Plan, config: RunConfig) -> str:
     """The numbers of a plan, for the start of a run and for --dry-run."""
     tokens = config.batch_size * config.seq_len
@@ -101,6 +117,7 @@ def describe(plan: Plan, config: RunConfig) -> str:
         f"+ {format_bytes(params)} gradients; activations come on top",
         f"batch        {config.batch_size} rows x {config.seq_len} = {tokens:,} tokens a step, "
         f"{format_count(tokens * config.total_steps)} in {config.total_steps:,} steps",
+        *pipelined(plan, config),
         *supervised(config),
         f"FLOPs        {format_count(plan.flops_per_token)} a token (6 x matrix weights + attention), "
         f"{plan.flops_per_token * tokens * config.total_steps:.2e} in all",

@@ -15,7 +15,12 @@ from lmjax.errors import ConfigError
 
 EXPERIMENTS = {
     "capacity": "bits that a decoder memorises of random tokens, per parameter",
+    "dp-sgd": "differential privacy beside goldfish, under the same questions (needs the extra privacy)",
+    "goldfish": "masks of k = 2 to 128 against recitation of repeated passages, and their cost",
+    "known-texts": "what a published model recites of famous passages and licences, beside text it never saw",
+    "membership-law": "F1 of membership inference by tokens per parameter, on small models of real text",
     "near-duplicates": "goldfish masks on copies with other line breaks, case and tokens: what leaks, what it costs",
+    "onset": "memorisation and held-out loss as real text outgrows what a model can hold (double descent)",
     "product-hash": "how the published goldfish hash degenerates as its context grows, on real text",
 }
 

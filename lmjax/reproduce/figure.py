@@ -15,7 +15,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 class Curve(NamedTuple):
-    """One curve: its name in the legend, its points, and which colour; `dash` as in SVG's stroke-dasharray."""
+    """One curve: its name in the legend ("": not there), its points, and which colour; `dash` as in SVG's
+    stroke-dasharray."""
 
     name: str
     x: list[float]
@@ -33,10 +34,11 @@ class Panel(NamedTuple):
 
 
 def panels(parts: list[Panel], title: str) -> str:
-    """SVG text of panels side by side with one legend, that of the first panel's curves."""
+    """SVG text of panels side by side with one legend, of the first curve of each name."""
     width = WIDTH * len(parts)
-    legend = parts[0].curves
-    columns = min(len(legend), (width - LEFT) // 180)
+    legend = list({curve.name: curve for part in reversed(parts) for curve in reversed(part.curves)
+                   if curve.name}.values())[::-1]
+    columns = max(1, min(len(legend), int((width - LEFT - RIGHT) / (46 + 6.8 * max(len(c.name) for c in legend)))))
     height = HEIGHT + 16 + 18 * -(-len(legend) // columns)
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
            'font-family="system-ui, sans-serif" font-size="12" fill="#333">',
@@ -69,7 +71,8 @@ def _panel(panel: Panel, left: int) -> list[str]:
                        f'stroke="#ddd"/><text x="{left + LEFT - 8}" y="{py(tick) + 4:.1f}" text-anchor="end">'
                        f'{format_tick(tick)}</text>')
     for tick, x in place.items():
-        svg.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{format_tick(tick)}</text>')
+        shown = format_tick(float(f"{tick:.2g}") if tick >= 1000 else tick)
+        svg.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{shown}</text>')
     svg.append(f'<text x="{left + LEFT + inner / 2:.1f}" y="{HEIGHT - BOTTOM + 36}" text-anchor="middle">'
                f'{escape(panel.x_label)}</text>')
     for curve in panel.curves:

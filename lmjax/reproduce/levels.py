@@ -84,7 +84,8 @@ def ladders(records: Sequence[Record]) -> list[list[Record]]:
     return [s for s in sets.values() if len(s) > 2]
 
 
-def _pm(values: Sequence[float]) -> str:
+def pm(values: Sequence[float]) -> str:
+    """Mean and half the width of its interval."""
     mean, half = interval(values)
     return f"{mean:.2f}" if math.isinf(half) else f"{mean:.2f} ± {half:.2f}"
 
@@ -96,8 +97,8 @@ def table(records: Sequence[Record]) -> str:
     for (shape, params, dtype), group in _groups(records).items():
         for r in group:
             share = np.mean(r["bits"]) / (r["offered"] * r["ceiling"])
-            lines.append(f"| {shape} | {params:,} | {dtype} | {r['offered']:.2f} | {r['steps']:,} | {_pm(r['bits'])} | "
-                         f"{share:.0%} | {_pm(r['bits_bf16_weights'])} |")
+            lines.append(f"| {shape} | {params:,} | {dtype} | {r['offered']:.2f} | {r['steps']:,} | {pm(r['bits'])} | "
+                         f"{share:.0%} | {pm(r['bits_bf16_weights'])} |")
     return "\n".join([*lines, "", *(f"- {line}" for line in summary(records))])
 
 
@@ -106,17 +107,17 @@ def summary(records: Sequence[Record]) -> list[str]:
     lines = []
     for (shape, params, dtype), group in _groups(longest(records)).items():
         most = max(group, key=lambda r: np.mean(r["bits"]))
-        text = f"{shape}, {params:,} parameters, {dtype}: at most {_pm(most['bits'])} bits/parameter"
+        text = f"{shape}, {params:,} parameters, {dtype}: at most {pm(most['bits'])} bits/parameter"
         if len(group) > 2:
             fits = [level([r["offered"] for r in group], [r["ceiling"] for r in group], bits)
                     for bits in zip(*(r["bits"] for r in group), strict=True)]
-            text += f"; level of the fit over {len(group)} amounts of data {_pm(fits)}"
+            text += f"; level of the fit over {len(group)} amounts of data {pm(fits)}"
         lines.append(text)
     for ladder in ladders(records):
         r, steps = ladder[-1], [r["steps"] for r in ladder]
         fits = [with_more_steps(steps, bits, 1e6) for bits in zip(*(r["bits"] for r in ladder), strict=True)]
         lines.append(f"{_shape(r)}, {r['dtype']}, {r['offered']:.1f} bits/parameter offered: a fit of a - b steps^-c "
-                     f"to {', '.join(f'{s:,}' for s in steps)} steps would reach {_pm(fits)} at 1,000,000 steps (a "
+                     f"to {', '.join(f'{s:,}' for s in steps)} steps would reach {pm(fits)} at 1,000,000 steps (a "
                      f"guess, {1e6 / steps[-1]:.0f} times beyond the data)")
     return lines
 

@@ -8,34 +8,25 @@ many copies it continues word for word, and its loss on held-out text.
 """
 
 import argparse
-import functools
-import importlib
 import textwrap
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from lmjax.data import Rows, train_bpe
+from lmjax.data import train_bpe
 from lmjax.data.normal import letters, units
-from lmjax.data.protect import Marks, Protect, plain_pieces, token_values
-from lmjax.decode.generate import SampleConfig, generate
+from lmjax.data.protect import plain_pieces, token_values
 from lmjax.errors import ConfigError
 from lmjax.losses.goldfish import GoldfishConfig, keep_mask
-from lmjax.models import Decoder, DecoderConfig
-from lmjax.objectives import pretrain
-from lmjax.optim import OptimConfig, make_optimizer
 from lmjax.reproduce.figure import Curve, Panel, panels
-from lmjax.state import graphdef
+from lmjax.reproduce.lab import NO_MASK, ROWS, Fields, Lab, Stream, joined, prose, spread, taken
 
 COPIES, K = 8, 4
 PREFIX, SUFFIX = 20, 20  # words of a passage: given, and asked for
-ROWS, NEAR_ROWS, SEQ_LEN, VOCABULARY = 8, 6, 96, 1024  # rows of a batch, and how many of them are of the copies
+NEAR_ROWS, SEQ_LEN, VOCABULARY = 6, 96, 1024  # rows of a batch that are of the copies
 KINDS = ("breaks", "case", "tokens", "all")
 STRATEGIES = {
-    "none": GoldfishConfig("none"), "hash_table": GoldfishConfig("hash_table", K, 13),
+    "none": NO_MASK, "hash_table": GoldfishConfig("hash_table", K, 13),
     "hash": GoldfishConfig("hash", K, 13), "text_hash": GoldfishConfig("text_hash", K, 5),
 }
 TRAINED = ("control", "none", "hash", "text_hash")  # the control never sees the passages
@@ -53,7 +44,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict, 
     if problems := [f"--{name} {getattr(options, name)}: give 1 or more" for name in ("seeds", "steps", "passages")
                     if getattr(options, name) < 1]:
         raise ConfigError(*problems)
-    passages, background, held_out = corpus(options.passages)
+    passages, background, held_out = prose(options.passages, 75)
     tokenizer = train_bpe(background, VOCABULARY)
     hidden = {kind: hidden_shares(passages, kind, tokenizer) for kind in KINDS}
     say("letters that no copy supervises, of copies that differ in "
@@ -61,14 +52,15 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict, 
     near = Stream([encode(copy, tokenizer) for i, passage in enumerate(passages)
                    for copy in copies(passage, options.differ, i)], tokenizer)
     rest = Stream([tokenizer.encode(text) for text in background], tokenizer)
-    test = Stream([tokenizer.encode(text) for text in held_out], tokenizer)
-    lab = Lab(tokenizer, options.steps)
+    lab = Lab(tokenizer, SEQ_LEN)
+    test = lab.rows(Stream([tokenizer.encode(text) for text in held_out], tokenizer))
     models = []
     for seed in range(options.seeds):
         for name in TRAINED:
-            fish = STRATEGIES.get(name, STRATEGIES["none"])
-            params = lab.train(rest, near if name != "control" else None, fish, seed)
-            right = lab.recited(params, passages, options.differ)
+            fish = STRATEGIES.get(name, NO_MASK)
+            params = lab.train(batches(lab.rows(rest, fish), lab.rows(near, fish) if name != "control" else None,
+                                       options.steps, seed), seed)
+            right = recited(lab, params, passages, options.differ)
             models.append({"strategy": name, "seed": seed, "words_right": right, "held_out": lab.loss(params, test)})
             say(f"seed {seed}, {name}: {np.mean(np.array(right) == SUFFIX):.0%} recited, {np.mean(right):.1f} of "
                 f"{SUFFIX} words, held-out loss {models[-1]['held_out']:.3f}")
@@ -78,27 +70,6 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict, 
 
 
 # ---- The texts -----------------------------------------------------------------------------------------
-
-
-def corpus(count: int) -> tuple[list[str], list[str], list[str]]:
-    """(passages on one line each, documents to train on, documents held out): prose of pydoc's topics."""
-    topics = importlib.import_module("pydoc_data.topics").topics
-    found, seen = [], set()
-    for name in sorted(topics):
-        for paragraph in topics[name].split("\n\n"):
-            line = " ".join(paragraph.split())
-            words = units(line).words
-            plain = sum(c.isalpha() or c in " ,.'" for c in line) / max(len(line), 1)
-            if len(words) >= 75 and plain > 0.96 and line.isascii() and line not in seen:
-                seen.add(line)
-                found.append(paragraph)
-    if len(found) < count:
-        raise ConfigError(f"--passages {count}: this Python's documentation holds {len(found)} that fit")
-    chosen = [found[i] for i in np.linspace(0, len(found) - 1, count).astype(int)]
-    documents = [topics[name] for name in sorted(topics)]
-    for paragraph in chosen:
-        documents = [document.replace(paragraph, "") for document in documents]
-    return [" ".join(paragraph.split()) for paragraph in chosen], documents[::2] + documents[1::4], documents[3::4]
 
 
 def copies(passage: str, kind: str, number: int) -> list[tuple[str, np.ndarray]]:
@@ -123,23 +94,6 @@ def encode(copy: tuple[str, np.ndarray], tokenizer) -> np.ndarray:
     return np.concatenate([tokenizer.encode(text[a:b]) for a, b in zip(borders, borders[1:], strict=False)])
 
 
-class Stream:
-    """Documents as one stream of bos, tokens, eos; read like a prepared split (`lmjax.data.Tokens`)."""
-
-    folder, split = "memory", "train"
-
-    def __init__(self, documents: list[np.ndarray], tokenizer) -> None:
-        whole = [np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]) for ids in documents]
-        self.ids = np.concatenate(whole).astype(np.int32)
-        self.numbers = np.repeat(np.arange(len(whole)), [len(ids) for ids in whole])
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.ids[start:stop], self.numbers[start:stop]
-
-
 def hidden_shares(passages: list[str], kind: str, tokenizer) -> dict[str, float]:
     """{strategy: the share of the passages' letters that no copy supervises}."""
     pieces = plain_pieces(tokenizer)
@@ -162,77 +116,32 @@ def hidden_shares(passages: list[str], kind: str, tokenizer) -> dict[str, float]
 # ---- The models ----------------------------------------------------------------------------------------
 
 
-class Lab:
-    """One compiled train step for all models: a mask is weights, made on the host."""
+def batches(rest: Fields, near: Fields | None, steps: int, seed: int) -> list[Fields]:
+    """A run: rows drawn from both, or from the rest alone."""
+    sources = [(rest, ROWS if near is None else ROWS - NEAR_ROWS)] + ([(near, NEAR_ROWS)] if near is not None else [])
+    made = []
+    for step in range(steps):
+        rng = np.random.default_rng([seed, step])
+        made.append(joined([taken(rows, rng.integers(0, len(rows["tokens"]), n)) for rows, n in sources]))
+    return made
 
-    def __init__(self, tokenizer, steps: int) -> None:
-        self.tokenizer, self.steps = tokenizer, steps
-        self.config = DecoderConfig(vocab_size=VOCABULARY, num_layers=2, d_model=96, num_heads=4, num_kv_heads=4,
-                                    max_seq_len=256, qk_norm=True)
-        self.build = functools.partial(Decoder, self.config)
-        self.definition = graphdef(self.build)
-        tx, _ = make_optimizer(OptimConfig(learning_rate=6e-3, warmup_steps=max(1, steps // 20)), steps)
-        loss = functools.partial(pretrain.loss, pretrain.PretrainConfig())
 
-        def mean(params, batch):
-            total, weight, _ = loss(nnx.merge(self.definition, params), batch, jax.random.key(0))
-            return total / weight
-
-        def update(params, state, batch):
-            updates, state = tx.update(jax.grad(mean)(params, batch), state, params)
-            return jax.tree.map(jnp.add, params, updates), state
-
-        self.init, self.update, self.mean = tx.init, jax.jit(update, donate_argnums=(0, 1)), jax.jit(mean)
-
-    def rows(self, stream: Stream, fish: GoldfishConfig) -> dict[str, np.ndarray]:
-        """Every row of a stream, its weights masked."""
-        protect = Protect((True,), True, fish.context, fish.seed) if fish.strategy == "text_hash" else None
-        source = Rows(stream, SEQ_LEN, marks=Marks(protect, 0, self.tokenizer) if protect else None)
-        rows = [source[i] for i in range(len(source))]
-        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        marks = batch.pop("goldfish", None)
-        keep = keep_mask(fish, batch["tokens"], batch["targets"], batch["segments"], marks_BT=marks)
-        return batch | {"weights": batch["weights"] * keep}
-
-    def train(self, rest: Stream, near: Stream | None, fish: GoldfishConfig, seed: int):
-        sources = [self.rows(stream, fish) for stream in (rest, near) if stream is not None]
-        params = nnx.state(self.build(seed=seed), nnx.Param)
-        params = jax.tree.map(jnp.array, params)
-        state = self.init(params)
-        for step in range(self.steps):
-            rng = np.random.default_rng([seed, step])
-            shares = (ROWS - NEAR_ROWS, NEAR_ROWS) if near is not None else (ROWS,)
-            part = [rng.integers(0, len(s["tokens"]), n) for s, n in zip(sources, shares, strict=True)]
-            batch = {name: np.concatenate([s[name][i] for s, i in zip(sources, part, strict=True)])
-                     for name in sources[0]}
-            params, state = self.update(params, state, batch)
-        return params
-
-    def loss(self, params, stream: Stream) -> float:
-        """Mean nats a token on up to 24 batches of held-out rows."""
-        rows = self.rows(stream, STRATEGIES["none"])
-        starts = range(0, len(rows["tokens"]) - ROWS, ROWS)[:24]
-        return float(np.mean([self.mean(params, {n: v[i:i + ROWS] for n, v in rows.items()}) for i in starts]))
-
-    def recited(self, params, passages: list[str], kind: str) -> list[int]:
-        """Of each copy, how many words of the continuation are right before the first that is not. It is prompted with
-        its own beginning, laid out and cut into tokens as it was trained on."""
-        prompts, wanted = [], []
-        for number, passage in enumerate(passages):
-            for text, cuts in copies(passage, kind, number):
-                found = units(text)
-                end = int(found.ends[PREFIX - 1])
-                ids = encode((text[:end], cuts[cuts < end]), self.tokenizer)
-                prompts.append(np.concatenate([[self.tokenizer.bos_id], ids]))
-                wanted.append(found.words[PREFIX:PREFIX + SUFFIX])
-        outs = generate(self.definition, params, prompts, SampleConfig(max_new_tokens=56, temperature=0.0),
-                        key=jax.random.key(0), vocab_size=self.tokenizer.vocab_size, eos_id=self.tokenizer.eos_id)
-        right = []
-        for out, words in zip(outs, wanted, strict=True):
-            pairs = zip(units(self.tokenizer.decode(out)).words, words, strict=False)
-            same = [a == b for a, b in pairs]
-            right.append(same.index(False) if False in same else len(same))
-        return right
+def recited(lab: Lab, params, passages: list[str], kind: str) -> list[int]:
+    """Of each copy, how many words of the continuation are right before the first that is not. It is prompted with
+    its own beginning, laid out and cut into tokens as it was trained on."""
+    prompts, wanted = [], []
+    for number, passage in enumerate(passages):
+        for text, cuts in copies(passage, kind, number):
+            found = units(text)
+            end = int(found.ends[PREFIX - 1])
+            ids = encode((text[:end], cuts[cuts < end]), lab.tokenizer)
+            prompts.append(np.concatenate([[lab.tokenizer.bos_id], ids]))
+            wanted.append(found.words[PREFIX:PREFIX + SUFFIX])
+    right = []
+    for out, words in zip(lab.continued(params, prompts, 56), wanted, strict=True):
+        same = [a == b for a, b in zip(units(lab.tokenizer.decode(out)).words, words, strict=False)]
+        right.append(same.index(False) if False in same else len(same))
+    return right
 
 
 # ---- What is told --------------------------------------------------------------------------------------
@@ -256,10 +165,6 @@ def table(result: dict) -> str:
         words, loss = [np.mean(m["words_right"]) for m in models], [m["held_out"] for m in models]
         lines.append(f"| {label} | {spread(recited, '.0%')} | {spread(words, '.1f')} | {spread(loss, '.3f')} |")
     return "\n".join(lines)
-
-
-def spread(values: list[float], form: str) -> str:
-    return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def figure(result: dict) -> str:

@@ -16,8 +16,8 @@ import numpy as np
 from lmjax import hosts
 from lmjax.axes import count_slices, make_mesh
 from lmjax.checkpoint import Checkpoints, abstract, save_json, versions
-from lmjax.config import RunConfig, fit_vocabulary, from_json, protection, to_json, validate
-from lmjax.data import Batches, Corpus, prepare_all, validation_batches
+from lmjax.config import RunConfig, fit_vocabulary, from_json, injection, protection, to_json, validate
+from lmjax.data import Batches, Corpus, Injection, prepare_all, validation_batches
 from lmjax.decode.generate import check, generate
 from lmjax.errors import CheckpointError, NonFiniteError, Stopped
 from lmjax.evals.perplexity import evaluate, make_eval_step
@@ -70,7 +70,8 @@ def train(config: RunConfig, profile: int = 0) -> Path:
         with phases("prepare"):
             corpus = prepare_all(config.data, progress=say_preparing if is_main else None,
                                  tell=print if is_main else None)
-            hosts.same_everywhere(corpus_fingerprints(corpus))
+            canaries = injection(config, corpus.tokenizer)
+            hosts.same_everywhere(corpus_fingerprints(corpus, canaries))
         tokenizer = corpus.tokenizer
         config = fit_vocabulary(config, config.data.tokenizer, tokenizer.vocab_size)
         if config.evals.every and config.evals.prompts:
@@ -88,7 +89,7 @@ def train(config: RunConfig, profile: int = 0) -> Path:
         plan = make_plan(config, tx, mesh)
 
         # ---- State: restored, or born on the mesh -----------------------------------------------------
-        meta = {"config": to_json(config), "versions": versions(), "corpus": corpus_fingerprints(corpus)}
+        meta = {"config": to_json(config), "versions": versions(), "corpus": corpus_fingerprints(corpus, canaries)}
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint))
         placed = shardings(plan.state, mesh, config.mesh.zero1)
         like = abstract(plan.state, placed)
@@ -119,7 +120,7 @@ def train(config: RunConfig, profile: int = 0) -> Path:
             save_json(folder / "config.json", to_json(config))
             save_json(folder / "environment.json", environment(devices))
             tokenizer.save(folder / "tokenizer.json")
-        say_start(log, config, plan, corpus, batches, devices)
+        say_start(log, config, plan, corpus, batches, canaries, devices)
         for note in corpus.notes:
             log.say(note)
         if restored is not None:
@@ -174,6 +175,8 @@ def train(config: RunConfig, profile: int = 0) -> Path:
 
         def batch_of(step: int, rows: slice) -> dict[str, np.ndarray]:
             batch = batches.batch(lineage.batch(step), rows)
+            if canaries is not None:  # by the step and not by the batch: a jump over batches leaves none out
+                batch = canaries.put_in(batch, step, rows)
             if config.objective.goldfish.scheduled:
                 batch["step"] = np.full(len(batch["tokens"]), step, np.int32)
             return batch
@@ -238,7 +241,8 @@ def train(config: RunConfig, profile: int = 0) -> Path:
 
         # ---- The end ----------------------------------------------------------------------------------
         if first == steps and (folder / "summary.json").exists():
-            log.say(f"{folder} is complete at step {first}; nothing to do. Raise --steps to train on.")
+            more = "" if canaries else " Raise --steps to train on."  # their counts are of the steps that there were
+            log.say(f"{folder} is complete at step {first}; nothing to do.{more}")
         elif is_main:
             phases.write(force=True)
             say_used(log, batches, lineage.ranges(steps))
@@ -303,7 +307,7 @@ def eval_prompts(config: RunConfig, tokenizer) -> list[np.ndarray]:
     return [np.concatenate([[tokenizer.bos_id], tokenizer.encode(p)]) for p in config.evals.prompts]
 
 
-def corpus_fingerprints(corpus: Corpus) -> dict:
+def corpus_fingerprints(corpus: Corpus, canaries: Injection | None) -> dict:
     """What must be equal for a run to be continued on this data."""
     return {"fingerprint": corpus.fingerprint, "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
-            "tokenizer_size": corpus.tokenizer.vocab_size}
+            "tokenizer_size": corpus.tokenizer.vocab_size} | ({"canaries": canaries.identity} if canaries else {})

@@ -10,8 +10,9 @@ import jax
 from lmjax import flops
 from lmjax.axes import abstract_mesh
 from lmjax.checkpoint import flatten, versions
-from lmjax.config import RunConfig, fit_vocabulary, ignored, to_json, validate
-from lmjax.data import Batches, Corpus, Progress, load_tokenizer
+from lmjax.config import RunConfig, fit_vocabulary, ignored, injection, to_json, validate
+from lmjax.data import Batches, Corpus, Injection, Progress, load_tokenizer
+from lmjax.data.inject import words as canary_words
 from lmjax.log import RunLog, format_count
 from lmjax.models.decoder import scan_layers
 from lmjax.nn.attention import choose_attention
@@ -35,13 +36,15 @@ def say_preparing(done: Progress) -> None:
               end="\n" if finished else "", flush=True)
 
 
-def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Batches, devices) -> None:
+def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Batches, canaries: Injection | None,
+              devices) -> None:
     """The card at the start of a run: what runs where, and why."""
     platform_name = devices[0].platform
     split = plan.mesh.shape["context"] > 1
     attention, why = (choose_context(config.compute.context, config.seq_len) if split else
                       choose_attention(config.compute.attention, config.seq_len, config.compute.dtype))
-    scanned, why_scanned = scan_layers(config.compute.layers, config.model.num_layers)
+    chunks = plan.mesh.shape["pipeline"] * config.compute.pipeline_repeats if plan.mesh.shape["pipeline"] > 1 else 1
+    scanned, why_scanned = scan_layers(config.compute.layers, config.model.num_layers // chunks)
     moe = config.model.moe and config.model.filled().moe
     products, why_products = choose_experts(config.compute.experts)
     peak = flops.peak(devices[0].device_kind, config.compute.dtype)
@@ -58,11 +61,14 @@ def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Bat
         f"data         {batches.rows_per_epoch:,} training rows, "
         f"{batches.epoch(config.total_steps):.2f} epochs; tokenizer "
         f"{corpus.tokenizer.name} ({corpus.tokenizer.vocab_size:,} tokens)",
+        *([f"canaries     {canaries}"] if canaries else []),
         *([f"weights      initially those of {config.init_from}"] if config.init_from else []),
         f"objective    goldfish {goldfish.strategy}{goldfish_words(config)}",
         "",
         parameter_table(plan),
         *(f"warning: {text}" for text in ignored(config)),
+        *(["warning: compute.remat='offload' is as 'full' on a CPU, whose memory is the host's"]
+          if config.compute.remat == "offload" and platform_name == "cpu" else []),
         "",
     ]))
 
@@ -121,9 +127,15 @@ def dry_run(config: RunConfig, num_devices: int = 0) -> str:
     num_devices = num_devices or jax.device_count()
     validate(config, num_devices)
     name = config.data.tokenizer
-    size = config.data.bpe_vocab_size if name == "bpe" else load_tokenizer(name).vocab_size
+    tokenizer = None if name == "bpe" else load_tokenizer(name)
+    size = tokenizer.vocab_size if tokenizer else config.data.bpe_vocab_size
+    canaries = []
+    if config.data.canaries:
+        canaries = [f"canaries     {injection(config, tokenizer)}" if tokenizer else
+                    f"canaries     {canary_words(config.data.canaries, config.total_steps)}; their tokens are counted "
+                    "once the tokenizer is trained"]
     config = fit_vocabulary(config, name, size)
     tx, _ = make_optimizer(config.optim, config.total_steps)
     plan = make_plan(config, tx, abstract_mesh(config.mesh, num_devices))
-    return "\n".join([json.dumps(to_json(config), indent=2), "", describe(plan, config), "",
+    return "\n".join([json.dumps(to_json(config), indent=2), "", describe(plan, config), *canaries, "",
                       parameter_table(plan)])
