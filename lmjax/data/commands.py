@@ -49,7 +49,13 @@ def run_prepare(args: list[str]) -> int:
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: every core)")
     parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, metavar="N",
                         help="text in one shard; needs --out (default: %(default)s)")
+    parser.add_argument("--beam", default="", metavar="RUNNER",
+                        help="on several machines, by Apache Beam: direct | dataflow | flink | spark | portable; needs "
+                             "--out, which all of them see under that path, as they do PATH")
+    parser.add_argument("--beam-option", action="append", default=[], metavar="KEY=VALUE",
+                        help="an option of Beam's, such as direct_num_workers=4 (repeatable)")
     given = parser.parse_args(args)
+    _raise_problems(_beam_problems(given))
     if given.shard_bytes != SHARD_BYTES and given.out is None:
         raise ConfigError("--shard-bytes: other shards than the default need --out, since training would not "
                           "look for them below --cache-dir")
@@ -57,6 +63,8 @@ def run_prepare(args: list[str]) -> int:
     cfg = DataConfig((source,), given.tokenizer, given.bpe_vocab_size, given.validation_fraction,
                      given.cache_dir, given.workers)
     _raise_problems(cfg.problems("--"))
+    if given.beam:
+        return _prepare_on_beam(given, source, cfg)
     key = source_key(source)
     tokenizer = resolve_tokenizer(cfg, [key])
     out = given.out or prepared_folder(cfg, source, tokenizer, key)
@@ -65,6 +73,44 @@ def run_prepare(args: list[str]) -> int:
                            workers=given.workers, shard_bytes=given.shard_bytes, progress=progress, key=key)
     print(describe(manifest, out))
     return 0
+
+
+def _beam_problems(given: argparse.Namespace) -> list[str]:
+    found = []
+    if given.beam and given.out is None:
+        found.append(f"--beam {given.beam}: needs --out, a folder that every worker sees under the same path")
+    if given.beam and given.workers:
+        found.append(f"--workers {given.workers}: has no effect with --beam; give the runner's own option, such as "
+                     f"--beam-option direct_num_workers={given.workers}")
+    if given.beam_option and not given.beam:
+        found.append(f"--beam-option {given.beam_option[0]}: has no effect without --beam")
+    return found
+
+
+def _prepare_on_beam(given: argparse.Namespace, source: SourceConfig, cfg: DataConfig) -> int:
+    from lmjax.data.beam import BeamEngine
+    from lmjax.data.spread import prepare_spread
+
+    title = f"{source.kind} -> {cfg.tokenizer}"
+    with progress_bar(title) as progress:
+        manifest = prepare_spread(source, lambda key: resolve_tokenizer(cfg, [key]), given.out,
+                                  BeamEngine(given.beam, given.beam_option), progress=progress,
+                                  validation_fraction=given.validation_fraction, shard_bytes=given.shard_bytes,
+                                  surveyed=_told_sometimes(title))
+    print(describe(manifest, given.out))
+    return 0
+
+
+def _told_sometimes(title: str) -> Callable[[int, int], None]:
+    last = time.monotonic()
+
+    def surveyed(done: int, files: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 10:
+            last = time.monotonic()
+            print(f"{title}: {done:,} of {files:,} files surveyed", file=sys.stderr, flush=True)
+
+    return surveyed
 
 
 def run_inspect(args: list[str]) -> int:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -200,7 +201,8 @@ def damage(folder: Path, shard: Shard, hashes: bool) -> str:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes beside, syncs, renames: after a crash the file is the old one or the new one, never a part."""
-    beside = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    # Random, since on a shared folder two machines can have a process of this number, and both write this file.
+    beside = path.with_name(f"{path.name}.tmp{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with beside.open("wb") as file:
             file.write(data)

@@ -36,8 +36,8 @@ class Policy:
 
     def __init__(self, encoding: str, records: str, budget: int, counts: Counter[str]) -> None:
         self.encoding, self.records, self.budget, self.counts = encoding, records, budget, counts
-        self._first: list[str] = []
-        self._left_out = 0
+        self.first: list[str] = []  # where the first three bad records are, and what they lack
+        self.left_out = 0
 
     def decode(self, data: bytes, where: str) -> str | None:
         """Text of `data`; None where it is left out. DataError as `bad`."""
@@ -72,12 +72,17 @@ class Policy:
         if self.records == "error":
             raise DataError(f"{record}, or set on_bad_record = \"skip\"")
         self.counts[record.reason] += 1
-        self._left_out += 1
-        if len(self._first) < 3:
-            self._first.append(str(record).partition(";")[0])
-        if self._left_out > self.budget:
-            raise DataError(f"{'; '.join(self._first)}{'; …' if self._left_out > 3 else ''}: more than max_bad_records "
-                            f"= {self.budget} bad records; look at the data, or raise it")
+        self.left_out += 1
+        if len(self.first) < 3:
+            self.first.append(str(record).partition(";")[0])
+        if self.left_out > self.budget:
+            raise too_many(self.first, self.left_out, self.budget)
+
+
+def too_many(first: list[str], count: int, budget: int) -> DataError:
+    """The error of `count` bad records, one more than allowed; `first` names up to three of them."""
+    return DataError(f"{'; '.join(first)}{'; …' if count > 3 else ''}: more than max_bad_records = {budget} bad "
+                     "records; look at the data, or raise it")
 
 
 def left_out(counts: Mapping[str, int], encoding: str) -> int:

@@ -20,7 +20,7 @@ import sysconfig
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,25 +145,44 @@ def documents(source: SourceConfig, skipped: Counter[str] | None = None) -> Iter
     if found := source.problems("source."):
         raise DataError("; ".join(found))
     counts: Counter[str] = Counter() if skipped is None else skipped
-    readers = {"pystdlib": _read_texts, "text": _read_texts, "jsonl": _read_jsonl, "parquet": _read_parquet,
-               "hf": _read_hf}
-    if source.kind not in readers:
+    policy = Policy(source.encoding_errors, source.on_bad_record, source.max_bad_records, counts)
+    if source.kind == "shards":
         raise DataError(f"{source.path}: kind \"shards\" holds tokens, not documents; read it with "
                         "lmjax.data.Tokens")
     some = False
-    policy = Policy(source.encoding_errors, source.on_bad_record, source.max_bad_records, counts)
-    for document in readers[source.kind](source, policy):
+    for document in _read_hf(source, policy) if source.kind == "hf" else _read_files(source, policy):
         if document.text:
             some = True
             yield document
         else:
             counts["empty"] += 1
     if not some:
-        left = "".join(f", {count} {reason}" for reason, count in sorted(counts.items()))
-        raise DataError(f"source {source.kind} {source.path}: holds no document{left}; check the path and "
-                        "the files")
+        raise no_document(source, counts)
     if skipped is None and counts:
         warnings.warn(f"source {source.kind} {source.path}: " + skipped_line(counts), stacklevel=2)
+
+
+def no_document(source: SourceConfig, counts: Mapping[str, int]) -> DataError:
+    """The error of a source without a single document."""
+    left = "".join(f", {count} {reason}" for reason, count in sorted(counts.items()))
+    return DataError(f"source {source.kind} {source.path}: holds no document{left}; check the path and the files")
+
+
+def file_documents(source: SourceConfig, file: SourceFile, policy: Policy,
+                   places: Sequence[int] | None = None) -> Iterator[tuple[int, Document]]:
+    """The documents of one of a source's files, those of zero length too, each with its place in the file.
+
+    The place is 0 for a file that is one document, the first byte of its line (before compression) in JSONL, its row
+    in Parquet. With `places`, ascending, only the documents there are read. DataError: as `documents`.
+    """
+    readers = {"pystdlib": _read_text, "text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
+    return readers[source.kind](source, file, policy, places)
+
+
+def _read_files(source: SourceConfig, policy: Policy) -> Iterator[Document]:
+    for file in source_files(source):
+        for _, document in file_documents(source, file, policy):
+            yield document
 
 
 def check_budget(source: SourceConfig, skipped: dict[str, int]) -> None:
@@ -229,7 +248,7 @@ def check_outside(source: SourceConfig, out: Path) -> None:
 
 def file_manifest(source: SourceConfig) -> list[dict[str, Any]]:
     """Name, size and sha256 of every local file of the source; [] for a dataset of the Hub."""
-    return [{"name": file.name, "size": file.size, "sha256": _sha256(file.path)}
+    return [{"name": file.name, "size": file.size, "sha256": sha256(file.path)}
             for file in source_files(source)]
 
 
@@ -257,38 +276,47 @@ def source_key(source: SourceConfig, files: list[dict[str, Any]] | None = None) 
 
 # ---- text -----------------------------------------------------------------------------------------------
 
-def _read_texts(source: SourceConfig, policy: Policy) -> Iterator[Document]:
-    for file in source_files(source):
-        text = policy.decode(_read_bytes(file.path), str(file.path))
-        if text is not None:
-            yield Document(text.removeprefix("\ufeff"), file.name)
+def _read_text(source: SourceConfig, file: SourceFile, policy: Policy,
+               places: Sequence[int] | None) -> Iterator[tuple[int, Document]]:
+    text = policy.decode(read_bytes(file.path), str(file.path))
+    if text is not None:
+        yield 0, Document(text.removeprefix("\ufeff"), file.name)
 
 
 # ---- jsonl ----------------------------------------------------------------------------------------------
 
-def _read_jsonl(source: SourceConfig, policy: Policy) -> Iterator[Document]:
-    for file in source_files(source):
-        for number, line in enumerate(_lines(file.path), 1):
-            where = f"{file.path}:{number}"
-            text = policy.decode(line, where)
-            if text is None or not text.strip("\ufeff \t\r\n"):
+def _read_jsonl(source: SourceConfig, file: SourceFile, policy: Policy,
+                places: Sequence[int] | None) -> Iterator[tuple[int, Document]]:
+    for number, (place, line) in enumerate(_lines(file.path, places), 1):
+        where = f"{file.path}:{number}" if places is None else f"{file.path} byte {place}"
+        text = policy.decode(line, where)
+        if text is None or not text.strip("\ufeff \t\r\n"):
+            continue
+        try:
+            record = _json_record(text.removeprefix("\ufeff"), source.field, where)
+            if source.where and bool(record.get(source.where.removeprefix("!"))) == source.where.startswith("!"):
                 continue
-            try:
-                record = _json_record(text.removeprefix("\ufeff"), source.field, where)
-                if source.where and bool(record.get(source.where.removeprefix("!"))) == source.where.startswith("!"):
-                    continue
-                value = policy.whole(record[source.field], where)
-            except BadRecord as bad:
-                policy.bad(bad)
-                continue
-            if value is not None:
-                yield Document(value, f"{file.name}:{number}")
+            value = policy.whole(record[source.field], where)
+        except BadRecord as bad:
+            policy.bad(bad)
+            continue
+        if value is not None:
+            yield place, Document(value, f"{file.name}:{number}")
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(path: Path, places: Sequence[int] | None) -> Iterator[tuple[int, bytes]]:
+    """Lines, each with its first byte; with `places` those that begin there. A .gz is decompressed from its start."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-            yield from lines
+            if places is None:
+                place = 0
+                for line in lines:
+                    yield place, line
+                    place += len(line)
+            else:
+                for place in places:
+                    lines.seek(place)
+                    yield place, lines.readline()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: damaged gzip ({error}); fetch or compress the file again") from None
     except OSError as error:
@@ -319,28 +347,34 @@ def _json_record(line: str, field: str, where: str) -> dict[str, Any]:
 
 # ---- parquet and datasets -------------------------------------------------------------------------------
 
-def _read_parquet(source: SourceConfig, policy: Policy) -> Iterator[Document]:
+def _read_parquet(source: SourceConfig, file: SourceFile, policy: Policy,
+                  places: Sequence[int] | None) -> Iterator[tuple[int, Document]]:
     arrow, parquet = _import("pyarrow"), _import("pyarrow.parquet")
-    for file in source_files(source):
-        row = 0
-        try:
-            table = parquet.ParquetFile(file.path)
+    row = 0
+    try:
+        with parquet.ParquetFile(file.path) as table:
             _check_column(table.schema_arrow.names, source, str(file.path))
             kind = table.schema_arrow.field(source.field).type
             if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
                 raise DataError(f"{file.path}: field {source.field!r} is {kind}, not a string; choose "
                                 "another field")
-            for batch in table.iter_batches(columns=[source.field], batch_size=1024):
-                # As bytes, so that our policy decides about what is no UTF-8.
-                for value in batch.column(0).cast(arrow.large_binary()).to_pylist():
-                    where = f"{file.path} row {row}"
-                    text = policy.decode(value or b"", where)
-                    if text is not None:
-                        yield Document(text, f"{file.name}:{row}")
-                    row += 1
-        except (arrow.ArrowException, OSError) as error:
-            raise DataError(f"{file.path}: cannot be read as Parquet after row {row} "
-                            f"({' '.join(str(error).split())}); write or fetch the file again") from None
+            wanted = None if places is None else set(places)
+            for group in range(table.num_row_groups):
+                rows = table.metadata.row_group(group).num_rows
+                if wanted is not None and wanted.isdisjoint(range(row, row + rows)):
+                    row += rows
+                    continue
+                for batch in table.iter_batches(columns=[source.field], batch_size=1024, row_groups=[group]):
+                    # As bytes, so that our policy decides about what is no UTF-8.
+                    for value in batch.column(0).cast(arrow.large_binary()).to_pylist():
+                        if wanted is None or row in wanted:
+                            text = policy.decode(value or b"", f"{file.path} row {row}")
+                            if text is not None:
+                                yield row, Document(text, f"{file.name}:{row}")
+                        row += 1
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{file.path}: cannot be read as Parquet after row {row} "
+                        f"({' '.join(str(error).split())}); write or fetch the file again") from None
 
 
 def _read_hf(source: SourceConfig, policy: Policy) -> Iterator[Document]:
@@ -428,14 +462,14 @@ def _common_folder(paths: list[Path]) -> Path:
     return Path(*shared)
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -87,8 +87,8 @@ def write_shard(plan: Plan, tokenizer: Tokenizer, out: Path) -> Shard:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     name = shard_name(plan.split, plan.index)
     offsets_name = name.replace(".tokens.", ".offsets.")
-    offsets_hash, offsets_size = _write_array(out / offsets_name, offsets)
-    tokens_hash, tokens_size = _write_array(out / name, tokens.astype(token_dtype(tokenizer)))
+    offsets_hash, offsets_size = write_array(out / offsets_name, offsets)
+    tokens_hash, tokens_size = write_array(out / name, tokens.astype(token_dtype(tokenizer)))
     return Shard(name, tokens_hash, tokens_size, offsets_name, offsets_hash, offsets_size, len(tokens),
                  len(lengths), sum(len(text.encode()) for text in plan.texts))
 
@@ -102,7 +102,8 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
     return np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
 
 
-def _write_array(path: Path, array: np.ndarray) -> tuple[str, int]:
+def write_array(path: Path, array: np.ndarray) -> tuple[str, int]:
+    """Writes an array as .npy, atomically; returns sha256 hex and bytes."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array, allow_pickle=False)
     data = buffer.getvalue()
