@@ -204,6 +204,7 @@ def test_a_million_tokens_are_planned():
     assert "gather over context" in page(gather) and gather.work.flops == planned.work.flops
 
 
+@pytest.mark.slow
 def test_search_knows_experts_and_keeps_context():
     found = search.trials(load_config(MIXTRAL), parse_machine("v5p:4x4x8"))
     assert {t.plan.mesh["expert"] for t in found} >= {1, 2, 4, 8}
