@@ -121,6 +121,8 @@ CASES = {  # name -> (model, compute, sizes of the mesh, accumulate, zero1)
     "pipeline=2, 2 repeats, windows": (GEMMA, {"pipeline_repeats": 2, "pipeline_microbatches": 2}, {"pipeline": 2}, 1,
                                        False),
     "pipeline=4, remat=dots": (MODEL, {"remat": "dots"}, {"pipeline": 4}, 1, False),
+    "pipeline=4, remat=named": (MODEL, {"remat": "named"}, {"pipeline": 4}, 1, False),
+    "pipeline=4, remat=offload": (MODEL, {"remat": "offload"}, {"pipeline": 4}, 1, False),
     "pipeline=4, unrolled": (MODEL, {"layers": "unroll"}, {"pipeline": 4}, 1, False),
     "pipeline=2 x data=2": (MODEL, {}, {"pipeline": 2, "data": 2}, 1, False),
     "pipeline=2 x data=2, zero1, accumulate=2": (MODEL, {}, {"pipeline": 2, "data": 2}, 2, True),

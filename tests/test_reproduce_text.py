@@ -161,6 +161,18 @@ def test_the_librarys_clipped_gradients_are_those_of_the_loop(private_step):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_a_table_and_a_figure_of_dp_sgd():
+    kinds = ["no protection", "goldfish k=4", "clipped, no noise", "epsilon 64", "epsilon 8"]
+    models = [{"kind": kind, "seed": seed, "verbatim": [48, 0], "rouge_l": [1.0, 0.5], "auc": 0.9, "held_out": 5.0 + i}
+              for i, kind in enumerate(kinds) for seed in (0, 1)]
+    result = {"rows": 324, "epochs": 20, "delta": 1e-4, "seeds": 2, "noise": {8.0: 1.04, 64.0: 0.42}, "kinds": kinds,
+              "models": models}
+    lines = dp_sgd.table(result).splitlines()
+    assert len(lines) == 4 + len(kinds)
+    assert lines[-1].startswith("| epsilon 8 | 1.04 | 50% (50% to 50%) | 0.75") and "9.00" in lines[-1]
+    assert dp_sgd.figure(result).count("<polyline") == 2 * 4
+
+
 def test_dp_sgd_without_its_library_says_what_to_install(monkeypatch, capsys):
     import sys
 

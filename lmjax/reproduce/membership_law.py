@@ -34,7 +34,7 @@ def law(x, c1: float, c2: float, c3: float):
 
 
 def fit(x: Sequence[float], f1: Sequence[float]) -> tuple[float, float, float]:
-    """Least squares, from the paper's constants. c3 is at most 0: what little data does is flat."""
+    """(c1, c2, c3) of least squares, which begins at the paper's."""
     (c1, c2, c3), _ = curve_fit(law, x, f1, PAPER, bounds=((0.5, -50, -50), (2.0, 0, 5)), maxfev=20_000)
     return float(c1), float(c2), float(c3)
 

@@ -74,12 +74,12 @@ class Cell:
 
     @property
     def offered(self) -> float:
-        """Bits of the data per parameter."""
+        """Bits of the data per parameter, if its tokens are uniform (`lmjax.reproduce.capacity`)."""
         return self.sequences * self.shape.sequence_bits / self.shape.num_params
 
     @property
     def ceiling(self) -> float:
-        """The share of the data's bits that can be known. Which of N sequences comes next is not: log2 N bits each."""
+        """The share of such data's bits that can be known. Which of N sequences comes next is not: log2 N bits each."""
         return 1 - math.log2(self.sequences) / self.shape.sequence_bits
 
 
@@ -114,7 +114,6 @@ class Training:
     """The jitted functions of a cell; all take a leading dimension of seeds."""
 
     def __init__(self, cell: Cell, chunk: int):
-        self.cell = cell
         compute = ComputeConfig(dtype=cell.dtype, attention="reference", layers="auto")
         config = OptimConfig(learning_rate=cell.learning_rate, warmup_steps=min(200, cell.steps // 10), b2=0.999,
                              weight_decay=0.0, final_fraction=0.01)
@@ -178,7 +177,8 @@ def each(cells: Sequence[Cell], path: Path, measure: Callable[[Cell, Callable[[i
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     records = read(path)
-    cells = sorted(cells, key=lambda c: c.steps * c.sequences * c.shape.length * c.shape.num_params * c.seeds)
+    cells = sorted(cells, key=lambda c: c.steps * min(c.batch or c.sequences, c.sequences) * c.shape.length
+                   * c.shape.num_params * c.seeds)
     for number, cell in enumerate(cells, 1):
         fields = dataclasses.asdict(cell)
         fields |= fields.pop("shape")

@@ -102,15 +102,16 @@ def _data(cell: Cell) -> np.ndarray:
 
 def per_sequence(graphdef: nnx.GraphDef, params, rows_NT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(nats of each sequence; is every token of its second half the likeliest one: it is recited), float64 and bool."""
-    @jax.jit
-    def of(params, targets):
-        logits = nnx.merge(graphdef, params)(rows_of(targets)["tokens"])
-        nats = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-        return nats.sum(1), (logits.argmax(-1) == targets)[:, LENGTH // 2:].all(1)
-
-    parts = [of(params, rows_NT[i:i + 1024]) for i in range(0, len(rows_NT), 1024)]
+    parts = [_per_sequence(graphdef, params, rows_NT[i:i + 1024]) for i in range(0, len(rows_NT), 1024)]
     nats, right = (np.concatenate([np.asarray(part[i]) for part in parts]) for i in (0, 1))
     return nats.astype(np.float64), right
+
+
+@functools.partial(jax.jit, static_argnums=0)  # here, so that the seeds of a cell share a program
+def _per_sequence(graphdef, params, targets_BT):
+    logits = nnx.merge(graphdef, params)(rows_of(targets_BT)["tokens"])
+    nats = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets_BT[..., None], -1)[..., 0]
+    return nats.sum(1), (logits.argmax(-1) == targets_BT)[:, LENGTH // 2:].all(1)
 
 
 def measure(cell: Cell, tell: Callable[[int, str], None]) -> Record:
