@@ -22,7 +22,7 @@ import numpy as np
 from lmjax.reproduce import levels, seeds
 from lmjax.reproduce.seeds import Cell, Shape, rows_of
 
-SMALL, MIDDLE = Shape(1, 12, 3, 256, 16), Shape(1, 16, 4, 512, 16)
+SMALL, MIDDLE, LARGE = Shape(1, 12, 3, 256, 16), Shape(1, 16, 4, 512, 16), Shape(1, 24, 4, 1024, 16)
 
 
 def _grid(shape: Shape, offered: tuple[float, ...], steps: tuple[int, ...], **others) -> list[Cell]:
@@ -38,8 +38,8 @@ SIZES: dict[str, list[Cell]] = {
             *_grid(MIDDLE, (6.0,), (1000, 2000, 4000, 8000), batch=128),
             *_grid(SMALL, (6.0,), (4000,), batch=64, dtype="bfloat16")],
     "long": [*_grid(SMALL, (1.0, 2.0, 3.0, 4.0, 6.0), (50_000,), batch=64, learning_rate=0.05),
-             *_grid(MIDDLE, (3.0, 4.5), (50_000,), batch=128, learning_rate=0.05),
-             *_grid(MIDDLE, (6.0,), (6000, 12_500, 25_000, 50_000, 100_000), batch=128, learning_rate=0.05)],
+             *_grid(MIDDLE, (6.0,), (12_500, 50_000, 400_000), batch=128, learning_rate=0.05, seeds=1),
+             *_grid(LARGE, (5.0,), (250_000,), batch=128, learning_rate=0.05, seeds=1)],
     # The paper's V and S; the largest has 1.06M parameters. For an accelerator.
     "paper": [cell for layers, width in ((1, 32), (1, 64), (2, 64), (2, 128), (4, 128))
               for dtype in ("float32", "bfloat16")
