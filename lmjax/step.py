@@ -4,6 +4,7 @@ Gradients are sums over tokens; they are divided once, by the weight of the whol
 micro-batch and every device has been added. Randomness is fold_in(key(seed), step).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -79,13 +80,27 @@ def _where(good: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: n if is_schedule(n) else jnp.where(good, n, o), new, old, is_leaf=is_schedule)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """The (sum, weight) of each metric of a step as one array, float32 [names, 2], on every device: to fetch two
+    scalars of each took the host longer than all else that it does in a step."""
+
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    sums: jax.Array
+
+    def fetch(self) -> dict[str, float]:
+        """sum / weight of each metric whose weight is not 0; waits for the step."""
+        return {name: float(s) / float(w)
+                for name, (s, w) in zip(self.names, jax.device_get(self.sums), strict=True) if w}
+
+
 def make_train_step(loss: Loss, graphdef: nnx.GraphDef, tx: optax.GradientTransformation,
                     schedule: optax.Schedule, *, seed: int, accumulate: int, shardings: TrainState,
                     sigmas: float = 0.0, zero1: bool = False
-                    ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict]]:
+                    ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """train_step(state, batch) -> (state, metrics); `state` is donated.
 
-    metrics maps a name to (sum, weight), float32 scalars on every device: the value is sum / weight.
     A batch whose weights are all zero gives zero gradients, not NaN. An update that `lmjax.guard` calls bad is not
     made: weights and moments stay, the step and the learning rate's schedule go on. zero1: `shardings` splits the
     moments over data; then gradients are scattered there, each device updates its part, and new weights are gathered.
@@ -106,7 +121,8 @@ def make_train_step(loss: Loss, graphdef: nnx.GraphDef, tx: optax.GradientTransf
                     "lr": (jnp.asarray(schedule(state.step), jnp.float32), one),
                     "skipped": (guard.skipped.astype(jnp.float32), one),
                     "skipped_in_row": (guard.in_row.astype(jnp.float32), one)}
-        return TrainState(state.step + 1, params, opt_state, guard), metrics
+        told = Metrics(tuple(metrics), jnp.stack([jnp.stack(pair) for pair in metrics.values()]))
+        return TrainState(state.step + 1, params, opt_state, guard), told
 
     mesh = jax.tree.leaves(shardings)[0].mesh
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))

@@ -65,7 +65,7 @@ def run_steps(mesh: MeshConfig, num_devices: int, *, steps: int = 3, accumulate:
             batch = batch_of(step)
             rows = batch["tokens"].shape[0]
             state, metrics = train_step(state, to_global(batch, slice(0, rows), built, rows))
-            history.append({k: float(s) / max(float(w), 1e-9) for k, (s, w) in metrics.items()})
+            history.append(metrics.fetch())
     return first, state, history
 
 

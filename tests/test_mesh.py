@@ -143,7 +143,7 @@ def first_steps(steps=2, accumulate=1, zero1=False, **sizes):
         step = step.lower(state, batches[0]).compile(compiler_options=QUICK)
         for batch in batches:
             state, metrics = step(state, batch)
-            history.append({k: float(s) / max(float(w), 1e-9) for k, (s, w) in metrics.items()})
+            history.append(metrics.fetch())
     return state, history
 
 

@@ -106,12 +106,8 @@ class Training:
 
     def fetch(self) -> dict[str, float] | None:
         """The metrics that are pending, once their step is done."""
-        import jax
-
-        if self.pending is None:
-            return None
-        metrics, self.pending = jax.device_get(self.pending), None
-        return {name: float(s) / float(w) for name, (s, w) in metrics.items() if w > 0}
+        metrics, self.pending = self.pending, None
+        return None if metrics is None else metrics.fetch()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import sysconfig
@@ -225,11 +226,15 @@ def stdlib_files() -> list[SourceFile]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = []
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).parts
-        top = parts[0].removesuffix(".py")
-        if top in sys.stdlib_module_names and not _NOT_LIBRARY.intersection(parts):
-            files.append(SourceFile("/".join(parts), path, path.stat().st_size))
+    for folder, folders, names in os.walk(root):
+        parts = Path(folder).relative_to(root).parts
+        ours = [name for name in (*folders, *names) if name not in _NOT_LIBRARY
+                and (parts or name.removesuffix(".py") in sys.stdlib_module_names)]
+        folders[:] = [name for name in folders if name in ours]  # site-packages may hold many times as many files
+        for name in names:
+            if name in ours and name.endswith(".py"):
+                path = Path(folder, name)
+                files.append(SourceFile("/".join((*parts, name)), path, path.stat().st_size))
     if not files:
         raise DataError(f"source pystdlib: {root} holds no .py files (a stripped or zipped Python); use "
                         "kind = \"text\"")

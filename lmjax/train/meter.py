@@ -45,7 +45,7 @@ class Meter:
         if pending is None:
             return
         step, metrics = pending
-        values = {name: float(s) / float(w) for name, (s, w) in jax.device_get(metrics).items() if w > 0}
+        values = metrics.fetch()
         in_row = int(values.pop("skipped_in_row"))
         if in_row:
             self.first_bad = step if in_row == 1 else self.first_bad
