@@ -329,6 +329,16 @@ def test_bench_train_against_torch(capsys):
 
 
 @pytest.mark.slow
+def test_bench_processes(capsys):
+    assert main(["bench", "processes", "--smoke"]) == 0
+    ways = last_line(capsys)["ways"]
+    assert ways.keys() == {"1 process, 1 device", "1 process, 2 devices", "2 processes, 1 device each"}
+    assert all(way["seconds"]["median"] > 0 for way in ways.values())
+    assert main(["bench", "processes", "--smoke", "--set=model.d_model=7"]) == 2
+    assert "does not divide d_model=7" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_bench_start(capsys):
     assert main(["bench", "start", "--smoke"]) == 0
     found = last_line(capsys)

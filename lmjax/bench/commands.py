@@ -10,6 +10,7 @@ USAGE = """usage: lmjax bench COMMAND [options]
   data         tokens per second through tokenise, prepare, shuffle, pack, load
   start        --help, import, first step, compile time by depth
   checkpoint   how long a save stalls the loop, and a restore
+  processes    a step in one process, and in several on the same cores
   decode       greedy decoding with a cache against Transformers
   serve        continuous batching against one request after another
 
@@ -36,6 +37,8 @@ def run_bench(args: list[str]) -> int:
             from lmjax.bench.start import run
         case "checkpoint":
             from lmjax.bench.checkpoint import run
+        case "processes":
+            from lmjax.bench.processes import run
         case "decode":
             from lmjax.bench.decode import run
         case "serve":
