@@ -37,8 +37,7 @@ SIZES: dict[str, list[Cell]] = {
             *_grid(MIDDLE, (3.0, 4.5), (4000,), batch=128),
             *_grid(MIDDLE, (6.0,), (1000, 2000, 4000, 8000), batch=128),
             *_grid(SMALL, (6.0,), (4000,), batch=64, dtype="bfloat16")],
-    "long": [*_grid(SMALL, (1.0, 2.0, 3.0, 4.0, 6.0), (50_000,), batch=64, learning_rate=0.05),
-             *_grid(MIDDLE, (6.0,), (12_500, 50_000, 400_000), batch=128, learning_rate=0.05, seeds=1),
+    "long": [*_grid(MIDDLE, (6.0,), (12_500, 50_000, 400_000), batch=128, learning_rate=0.05, seeds=1),
              *_grid(LARGE, (5.0,), (250_000,), batch=128, learning_rate=0.05, seeds=1)],
     # The paper's V and S; the largest has 1.06M parameters. For an accelerator.
     "paper": [cell for layers, width in ((1, 32), (1, 64), (2, 64), (2, 128), (4, 128))
