@@ -186,6 +186,8 @@ def _value_and_gradients(x_BTD, head_VD, targets_BT, weights_BT, *, terms: _Term
     if place.scattered:  # first what makes it smaller
         sums = jax.lax.psum_scatter(sums, place.scattered, scatter_dimension=1, tiled=True)
     sums = _sum(sums, tuple(axis for axis in place.tokens if axis not in place.scattered))
+    if any(place):
+        sums, dx = jax.lax.optimization_barrier((sums, dx))
     if place.sums == "DV":  # the barrier, or of a single chunk XLA makes one product, in the slow order
         sums = jax.lax.optimization_barrier(sums).T
     dhead_VD = sums.astype(head_VD.dtype)
