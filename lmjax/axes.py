@@ -122,7 +122,8 @@ def device_grid(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
         return mesh_utils.create_hybrid_device_mesh(
             (replica // groups, *inner), (groups, *(1 for _ in inner)), devices, process_is_granule=slices == 1,
             allow_split_physical_axes=True)
-    return jax.make_mesh(tuple(sizes), MESH_AXES, devices=devices).devices
+    # An axis may be a part of a dimension of a TPU slice: two stages of v5p:4x8x8, say. (`jax.make_mesh` refuses that.)
+    return mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

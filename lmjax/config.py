@@ -186,9 +186,6 @@ def _mesh_problems(c: RunConfig, num_devices: int) -> list[str]:
         bad += pipeline_problems(c.batch_size // (ways * c.accumulate), model.num_layers,
                                  min(len(model.windows), model.num_layers), mesh.shape["pipeline"],
                                  c.compute.pipeline_repeats, c.compute.pipeline_microbatches)
-    if mesh.shape["pipeline"] > 1 and moe:
-        bad.append(f"mesh.pipeline={mesh.shape['pipeline']}: layers with experts (model.moe) cannot be run by stages; "
-                   "set it to 1, and split the experts (mesh.expert) or the weights (mesh.fsdp)")
     if mesh.shape["expert"] > 1 and not moe:
         bad.append(f"mesh.expert={mesh.shape['expert']}: the model has no experts; set model.moe, or mesh.fsdp to it")
     return bad

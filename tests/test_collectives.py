@@ -44,6 +44,7 @@ PAIRS = {
     "pipeline": {"pipeline": 4, "layers": 4}, "pipeline repeats": {"pipeline": 2, "layers": 4, "repeats": 2},
     "pipeline data": {"pipeline": 4, "data": 2, "layers": 4}, "pipeline fsdp": {"pipeline": 4, "fsdp": 2, "layers": 4},
     "pipeline tensor": {"pipeline": 4, "tensor": 2, "layers": 4}, "expert": {"expert": 8, "experts": 8},
+    "pipeline expert": {"pipeline": 2, "expert": 4, "layers": 4, "experts": 8},
 }
 QUICKLY = ("data", "fsdp", "context ring")  # the others take minutes together
 

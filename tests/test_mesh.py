@@ -60,6 +60,17 @@ def test_only_replica_crosses_slices(slices, replica):
         assert {d.slice_index for d in part.flat} == {i // (replica // slices)}
 
 
+def test_an_axis_may_be_a_part_of_a_slices_dimension():
+    """Two stages of v5p:4x8x8: each a box of half the chips."""
+    chips = [FakeDevice(i, 0, i // 4, tuple(int(n) for n in np.unravel_index(i, (4, 8, 8))), device_kind="TPU v5")
+             for i in range(256)]
+    sizes = MeshConfig(1, -1, pipeline=2).sizes(256)
+    grid = device_grid(sizes, chips)
+    assert grid.shape == sizes and len(set(grid.flat)) == 256
+    for stage in grid[0]:
+        assert np.prod([len({d.coords[axis] for d in stage.flat}) for axis in range(3)]) == 128
+
+
 def test_hosts_of_gpus_are_replicas_where_they_can_be():
     gpus = [FakeDevice(i, 0, i // 4, platform="gpu", device_kind="NVIDIA H100") for i in range(8)]
     assert count_slices(gpus) == 1

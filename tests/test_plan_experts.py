@@ -13,7 +13,6 @@ from helpers import QUICK
 from lmjax.axes import MESH_AXES, MeshConfig, make_mesh
 from lmjax.collectives import collectives, summary
 from lmjax.config import load_config, preset
-from lmjax.errors import ConfigError
 from lmjax.models import DecoderConfig, MoEConfig
 from lmjax.nn import moe
 from lmjax.plan import published, search
@@ -170,12 +169,9 @@ def test_context_messages_are_those_of_the_golden():
 
 def test_every_mesh_axis_is_known():
     """An axis that the roofline does not know must not count as data in silence."""
-    known = {f.name for f in dataclasses.fields(Split)} | {"replica"}
-    assert known | {"pipeline"} == set(MESH_AXES)
-    with pytest.raises(ConfigError, match="mesh.pipeline=2: the roofline does not know pipelines"):
-        resolve(dataclasses.replace(load_config(MIXTRAL), mesh=MeshConfig(pipeline=2)), parse_machine("v5p:4x4x8"))
+    assert {f.name for f in dataclasses.fields(Split)} == set(MESH_AXES)
     config = dataclasses.replace(load_config(MIXTRAL), mesh=MeshConfig(2, 4, 2, replica=2, expert=4))
-    assert split_of(config, 128) == Split(4, 4, 2, 4, 1) and split_of(config, 128).size == 128
+    assert split_of(config, 128) == Split(2, 4, 2, 4, 1, replica=2) and split_of(config, 128).size == 128
 
 
 def test_a_mixture_is_planned():

@@ -297,9 +297,10 @@ class Block(nnx.Module):
         key = jax.random.fold_in(key, 1)
         self.mlp = MoE(config, key, experts) if config.moe else MLP(config, key)
 
-    def __call__(self, x_BTD, cos_sin, attend, window: int, weights_BT=None):
+    def __call__(self, x_BTD, cos_sin, attend, window: int, weights_BT=None, by_stage: bool = False):
         """`attend(q, k, v, window) -> (y_BTNH, extra)`; returns (x, extra, sums). sums: a mixture's `RouterSums` over
-        tokens with these weights; None where there are none, or no mixture."""
+        tokens with these weights; None where there are none, or no mixture. by_stage: whether the call is mapped over
+        the stages of a pipeline."""
         x_BTD = checkpoint_name(x_BTD, INPUT)
         q, k, v = checkpoint_name(self.attention.qkv(self.attention_norm(x_BTD), cos_sin), KEPT)
         y, extra = attend(q, k, v, window)
@@ -307,7 +308,7 @@ class Block(nnx.Module):
         x_BTD = constrain(x_BTD + (self.attention_post_norm(y) if self.attention_post_norm else y), "BTD")
         x_BTD = checkpoint_name(x_BTD, KEPT)
         y = self.mlp_norm(x_BTD)
-        y, sums = self.mlp(y, weights_BT) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
+        y, sums = self.mlp(y, weights_BT, by_stage) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
         x_BTD = constrain(x_BTD + (self.mlp_post_norm(y) if self.mlp_post_norm else y), "BTD")
         return x_BTD, extra, sums
 
@@ -378,13 +379,10 @@ class Decoder(nnx.Module):
             return self._blocks(params, x_BTD, positions_BT, attend, weights_BT, pick)
 
         x_BTD, about = self._embed(tokens_BT, positions_BT), (segments_BT, positions_BT, weights_BT)
-        params, sums = nnx.split(self.blocks)[1], None
+        params = nnx.split(self.blocks)[1]
         schedule = split_schedule(tokens_BT.shape[0], c.num_layers, min(len(c.windows), c.num_layers),
                                   self.compute.pipeline_repeats, self.compute.pipeline_microbatches)
-        if schedule and not c.moe:
-            x_BTD = pipeline(lambda *args: run(*args)[0], params, x_BTD, about, schedule)
-        else:
-            x_BTD, sums = run(params, x_BTD, about)
+        x_BTD, sums = pipeline(run, params, x_BTD, about, schedule) if schedule else run(params, x_BTD, about)
         x_BTD = self.final_norm(x_BTD)
         return from_zigzag(x_BTD, ways) if ways > 1 else x_BTD, sums
 
@@ -452,7 +450,8 @@ class Decoder(nnx.Module):
         def layer(x, params, i, scanned=True):
             def block(p, x):
                 p = jax.tree.map(pick, p) if pick else p
-                x, _, sums = nnx.merge(graphdef, p)(x, rotations[windows[i] > 0], attend, windows[i], weights_BT)
+                x, _, sums = nnx.merge(graphdef, p)(x, rotations[windows[i] > 0], attend, windows[i], weights_BT,
+                                                    by_stage=pick is not None)
                 return x, sums
             return (STAGE_REMAT if pick else REMAT)[self.compute.remat](block, scanned)(params, x)
 

@@ -35,13 +35,14 @@ class MoE(nnx.Module):
         self.shared_gate_DF = inner("shared_gate_DF", (D, S)) if S and c.gated else None
         self.shared_down_FD = outer("shared_down_FD", (S, D)) if S else None
 
-    def __call__(self, x_BTD, weights_BT=None) -> tuple[jax.Array, RouterSums | None]:
-        """(what the experts add up to, the router's sums over tokens with these weights; None: without)."""
+    def __call__(self, x_BTD, weights_BT=None, by_stage: bool = False) -> tuple[jax.Array, RouterSums | None]:
+        """(what the experts add up to, the router's sums over tokens with these weights; None: without). by_stage: as
+        in `mixture`."""
         dtype, balance_E = x_BTD.dtype, None if self.balance_E is None else self.balance_E[...]
         routed = route(x_BTD, self.router_DE[...], self.moe, balance_E)
         up, gate, down, shared_up, shared_gate, shared_down = (cast(w, dtype) for w in (
             self.up_EDF, self.gate_EDF, self.down_EFD, self.shared_up_DF, self.shared_gate_DF, self.shared_down_FD))
-        y_BTD = mixture(x_BTD, routed, up, gate, down, self.activation, self.implementation)
+        y_BTD = mixture(x_BTD, routed, up, gate, down, self.activation, self.implementation, by_stage)
         if shared_up is not None:
             y_BTD = y_BTD + feed_forward(x_BTD, shared_up, shared_down, self.activation, shared_gate)
         return y_BTD, None if weights_BT is None else router_sums(routed, weights_BT, balance_E)

@@ -205,9 +205,24 @@ def _spread(x_ND, order_R, place_R, A):
     return spread(x_ND, order_R, place_R)
 
 
+def _of_one_stage(f):
+    """f, which gives one array, for a pipeline (`lmjax.nn.pipeline`): it is mapped over stages (`jax.vmap`) inside of a
+    `shard_map` that gives each device one of them, so it is called on that one. JAX would map its loops, whose length
+    depends on the tokens, and cannot there. What is mapped so is differentiated afterwards; without, it cannot be."""
+    one = jax.custom_batching.custom_vmap(f)
+
+    @one.def_vmap
+    def call(stages, mapped, *args):
+        assert stages == 1, "a device has one stage"
+        return f(*jax.tree.map(lambda a, mapped: a[0] if mapped else a, args, tuple(mapped)))[None], True
+
+    return one
+
+
 def mixture(x_BTD: jax.Array, routed: Routed, up_EDF: jax.Array, gate_EDF: jax.Array | None, down_EFD: jax.Array,
-            activation: str, implementation: str = "auto") -> jax.Array:
-    """What the chosen experts add up to, [B, T, D] in x's dtype, on one device or a mesh.
+            activation: str, implementation: str = "auto", by_stage: bool = False) -> jax.Array:
+    """What the chosen experts add up to, [B, T, D] in x's dtype, on one device or a mesh. by_stage: whether the call is
+    mapped over the stages of a pipeline.
 
     On a mesh, where experts are split over an axis, each device gathers the tokens of the devices that share the
     experts with it, runs them through its own, and adds and scatters the sums back: nothing is dropped, shapes are
@@ -218,7 +233,7 @@ def mixture(x_BTD: jax.Array, routed: Routed, up_EDF: jax.Array, gate_EDF: jax.A
     weights = tuple(w for w in (up_EDF, down_EFD, gate_EDF) if w is not None)
     choice, share = routed.choice_BTA, routed.share_BTA
 
-    def run(x_BTD, choice_BTA, share_BTA, weights, first=0):
+    def run(x_BTD, choice_BTA, share_BTA, weights, first):
         D, A = x_BTD.shape[-1], choice_BTA.shape[-1]
         up, down, gate = (*weights, None)[:3]
         y_ND = experts(x_BTD.reshape(-1, D), choice_BTA.reshape(-1, A), share_BTA.reshape(-1, A), up, gate, down,
@@ -227,7 +242,9 @@ def mixture(x_BTD: jax.Array, routed: Routed, up_EDF: jax.Array, gate_EDF: jax.A
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return run(x_BTD, choice, share, weights)
+        return run(x_BTD, choice, share, weights, 0)
+    if by_stage:
+        run = _of_one_stage(run)
 
     rows = activation_spec("BT_", x_BTD.shape, mesh)  # what is chosen is whole in its last dimension too
     up_spec, down_spec = gathered_spec("EDF", up_EDF.shape, mesh), gathered_spec("EFD", down_EFD.shape, mesh)

@@ -15,9 +15,8 @@ There are M R + P - 1 ticks, in P - 1 of which a stage has nothing to do: the bu
 another, which knows of no pipeline, and gives the same numbers. Stages are a dimension S of arrays, split over the
 axis, and the function is mapped over it (`jax.vmap`), so that all other mesh axes mean inside of it what they always
 do. The backward pass is the derivative of the loop over ticks: the same schedule, backwards. It keeps what the layers
-keep (their `remat`), of all M micro-batches, beside one copy of the stack's input. Layers with experts cannot
-be mapped so: their products are loops whose length depends on the tokens, which JAX does not map inside of a
-`shard_map`. What lives elsewhere: the layers, and what is before and after them (`lmjax.models.decoder`).
+keep (their `remat`), of all M micro-batches, beside one copy of the stack's input. What lives elsewhere: the layers,
+and what is before and after them (`lmjax.models.decoder`).
 
     S  stages    M  micro-batches    n  layers of a chunk    R  repeats
 """
@@ -35,7 +34,7 @@ from lmjax.axes import activation_spec, batch_ways, constrain
 AXIS = "pipeline"
 ENOUGH = 4  # turns of a stage per stage: the bubble is then below a fifth (GPipe, section 2.3: negligible)
 ROWS = "batch_size / (accumulate x replica x data x fsdp x expert)"
-Run = Callable[[Any, jax.Array, Any, Callable], jax.Array]
+Run = Callable[[Any, jax.Array, Any, Callable], tuple[jax.Array, Any]]
 
 
 class Schedule(NamedTuple):
@@ -121,11 +120,12 @@ def split_schedule(rows: int, layers: int, period: int, repeats: int, asked: int
 # ---- the transformation ----------------------------------------------------------------------------------------------
 
 
-def pipeline(run: Run, params_L: Any, x_BTD: jax.Array, about_B: Any, schedule: Schedule) -> jax.Array:
-    """`run(params_L, x_BTD, about_B, pick)` by stages: x after all layers, the same numbers.
+def pipeline(run: Run, params_L: Any, x_BTD: jax.Array, about_B: Any, schedule: Schedule) -> tuple[jax.Array, Any]:
+    """`run(params_L, x_BTD, about_B, pick)` by stages: (x after all layers, sums), the same numbers.
 
-    run: (weights of a stack of layers, each with a leading dimension, x, about, pick) -> x; it runs them in their order
-    and applies pick to the weights of one layer where it uses them, inside of what the backward pass recomputes.
+    run: (weights of a stack of layers, each with a leading dimension, x, about, pick) -> (x, sums); it runs them in
+    their order and applies pick to the weights of one layer where it uses them, inside of what the backward pass
+    recomputes. sums: a pytree [L, …] of what each layer has added up over its rows; None where there is none.
     about_B: pytree [B, …] of what layers know of each row beside x; no gradient flows to it. The mesh that is set has
     schedule.stages stages, and the numbers fit together (`pipeline_problems`).
     """
@@ -141,23 +141,33 @@ def pipeline(run: Run, params_L: Any, x_BTD: jax.Array, about_B: Any, schedule: 
             mine_BTD, rest_MBTD = _take(held_MBTD, batch)
             x_BTD = jnp.where((stage == 0) & (repeat == 0), mine_BTD, coming_BTD)
             x_BTD = jnp.where(busy, x_BTD, 0)  # what a bubble computes is never used, and must not be NaN
-            y_BTD = run(params_nR, x_BTD, jax.tree.map(lambda a: a[batch], about_MB),
-                        (lambda w_R: w_R[0]) if repeats == 1 else (lambda w_R: w_R[repeat]))
+            y_BTD, sums_n = run(params_nR, x_BTD, jax.tree.map(lambda a: a[batch], about_MB),
+                                (lambda w_R: w_R[0]) if repeats == 1 else (lambda w_R: w_R[repeat]))
             # What is held at the end is what the last stage has put there in the last repeat.
-            return y_BTD, rest_MBTD.at[batch].set(y_BTD)
+            return y_BTD, rest_MBTD.at[batch].set(y_BTD), sums_n
 
-        y_SBTD, held_SMBTD = jax.vmap(one, spmd_axis_name=AXIS)(stage_S, params_SnR, coming_SBTD, held_SMBTD)
-        return (_to_next(y_SBTD, stages), held_SMBTD), None
+        y_SBTD, held_SMBTD, sums_Sn = jax.vmap(one, spmd_axis_name=AXIS)(stage_S, params_SnR, coming_SBTD, held_SMBTD)
+        return (_to_next(y_SBTD, stages), held_SMBTD), sums_Sn
 
     params_SnR = jax.tree.map(functools.partial(_by_stage, stages=stages, repeats=repeats), params_L)
     about_MB = jax.tree.map(lambda a: _pin(_cut(a, micro), None), about_B)
     x_MBTD = _pin(_cut(x_BTD, micro), None)
     held_SMBTD = _pin(jnp.broadcast_to(x_MBTD, (stages, *x_MBTD.shape)), AXIS, None)
     start = jnp.zeros_like(held_SMBTD[:, 0]), held_SMBTD
-    (_, held_SMBTD), _ = jax.lax.scan(tick, start, jnp.arange(schedule.ticks))
+    (_, held_SMBTD), sums_tSn = jax.lax.scan(tick, start, jnp.arange(schedule.ticks))
     last_S = (stage_S == stages - 1).reshape(-1, 1, 1, 1, 1)
     x_MBTD = _pin(jnp.sum(jnp.where(last_S, held_SMBTD, 0), axis=0), AXIS)
-    return constrain(_join(x_MBTD), "RTD")
+    return constrain(_join(x_MBTD), "RTD"), jax.tree.map(functools.partial(_all_ticks, schedule), sums_tSn)
+
+
+def _all_ticks(schedule: Schedule, sums_tSn: jax.Array) -> jax.Array:
+    """[t, S, n, …] -> [L, …]: of each layer the sum over all micro-batches, without what was computed in a bubble."""
+    stages, repeats, _ = schedule
+    _, lap_tS, busy_tS = schedule.at(jnp.arange(schedule.ticks)[:, None], jnp.arange(stages))
+    mine_tSR = busy_tS[..., None] & (lap_tS[..., None] == jnp.arange(repeats))
+    mine_tSR = mine_tSR.reshape(*mine_tSR.shape, *[1] * (sums_tSn.ndim - 2))
+    sums_SRn = jnp.sum(jnp.where(mine_tSR, sums_tSn[:, :, None], 0), axis=0)
+    return jnp.swapaxes(sums_SRn, 0, 1).reshape(-1, *sums_tSn.shape[3:])  # chunk r P + s, and its layers
 
 
 # After the loop M is split over the axis, so that behind the layers the devices of all stages share the rows, in the

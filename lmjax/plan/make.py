@@ -9,7 +9,6 @@ from collections.abc import Callable
 from lmjax.axes import MESH_AXES, abstract_mesh
 from lmjax.config import RunConfig, fit_vocabulary, to_json, validate
 from lmjax.data import SourceConfig, load_tokenizer
-from lmjax.errors import ConfigError
 from lmjax.models.decoder import REMAT
 from lmjax.nn.attention import choose_attention
 from lmjax.nn.context import choose_context
@@ -19,7 +18,7 @@ from lmjax.plan.aot import Compiled, compile_for, missing
 from lmjax.plan.machine import Machine
 from lmjax.plan.page import Planned
 from lmjax.plan.roofline import Work, efficiencies, step_times
-from lmjax.plan.state import bytes_per_device, make_plan
+from lmjax.plan.state import bytes_per_device, make_plan, schedule_of
 from lmjax.plan.work import Split, activation_bytes, analytic
 from lmjax.state import shardings
 
@@ -30,9 +29,6 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
     Raises ConfigError with every problem, those of slices among them.
     """
     compute, devices = config.compute, machine.num_devices
-    if config.mesh.pipeline != 1:
-        raise ConfigError(f"mesh.pipeline={config.mesh.pipeline}: the roofline does not know pipelines yet; set it to "
-                          "1, or see `lmjax train --dry-run`, which has their parameters, bytes and bubble")
     if compute.attention == "auto" and config.mesh.context == 1:
         chosen = choose_attention("auto", config.seq_len, compute.dtype, machine.chip.kind)[0]
         compute = dataclasses.replace(compute, attention=chosen)
@@ -52,17 +48,16 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
 
 
 def split_of(config: RunConfig, num_devices: int) -> Split:
-    """The mesh as the roofline knows it: `replica` and `data` are one. The config is a resolved one."""
-    sizes = dict(zip(MESH_AXES, config.mesh.sizes(num_devices), strict=True))
-    assert sizes.pop("pipeline") == 1
-    return Split(sizes.pop("replica") * sizes.pop("data"), **sizes)
+    """The mesh as the roofline knows it. The config is a resolved one."""
+    return Split(**dict(zip(MESH_AXES, config.mesh.sizes(num_devices), strict=True)))
 
 
 def work_of(config: RunConfig, num_devices: int) -> Work:
     """`analytic` of a resolved config."""
     return analytic(config.model, split_of(config, num_devices), config.batch_size, config.seq_len,
                     config.compute.remat, config.accumulate,
-                    ring=choose_context(config.compute.context, config.seq_len)[0] == "ring")
+                    ring=choose_context(config.compute.context, config.seq_len)[0] == "ring",
+                    schedule=schedule_of(config, abstract_mesh(config.mesh, num_devices)))
 
 
 def make(config: RunConfig, machine: Machine, *, compiles: bool = True, price: float | None = None,
@@ -78,7 +73,7 @@ def make(config: RunConfig, machine: Machine, *, compiles: bool = True, price: f
         work = dataclasses.replace(work, **{name: getattr(work, name) * machine.chip.devices
                                             for name in ("model_flops", "flops", "hbm", "host")})
     activations = {remat: activation_bytes(config.model, split, config.batch_size, config.seq_len, remat,
-                                           config.accumulate) for remat in REMAT}
+                                           config.accumulate, schedule_of(config, mesh)) for remat in REMAT}
     why_not = missing(machine) if compiles else "not asked for (--no-compile)"
     compiled, second = None, None
     if not why_not:

@@ -5,6 +5,7 @@ What lives here: words and columns. What does not: where the figures come from (
 
 import dataclasses
 
+from lmjax.axes import abstract_mesh
 from lmjax.config import RunConfig
 from lmjax.log import format_bytes, format_count, format_duration
 from lmjax.nn.attention import choose_attention
@@ -12,6 +13,7 @@ from lmjax.nn.context import choose_context
 from lmjax.plan.aot import Compiled, TooLarge
 from lmjax.plan.machine import HOST_RATE, Machine
 from lmjax.plan.roofline import Times, Work, efficiencies, message_seconds
+from lmjax.plan.state import pipelined, schedule_of
 
 ADVICE = ("lower batch_size or raise accumulate, compute.remat=full or =offload, split more (mesh.fsdp, mesh.tensor), "
           "or a larger slice")
@@ -70,9 +72,11 @@ def page(p: Planned) -> str:
             if c.model.moe else ""),
         f"batch        {c.batch_size:,} rows x {c.seq_len:,} = {format_count(p.tokens)} tokens a step, {tokens:,.0f} a "
         f"chip" + (f", in {c.accumulate} micro-batches" if c.accumulate > 1 else ""),
+        *pipelined(c, abstract_mesh(c.mesh, p.machine.num_devices)),
         "", *_memory(p),
         "", "work of one chip in one step",
-        f"  FLOPs      {p.work.model_flops:.3g} of the model, {p.work.flops:.3g} with what is computed again",
+        f"  FLOPs      {p.work.model_flops:.3g} of the model, {p.work.flops:.3g} with what is computed again"
+        + (" and in the bubble" if p.mesh["pipeline"] > 1 else ""),
         f"  bytes      {format_bytes(p.work.hbm)} to and from memory, by count of what the products read and write",
         "", *_messages(p),
         "", *_times(p),
@@ -185,9 +189,11 @@ def _assumptions(p: Planned) -> list[str]:
 def to_json(p: Planned) -> dict:
     """Every figure of the page. Bytes are of a device, seconds of a step."""
     done = p.compiled
+    schedule = schedule_of(p.config, abstract_mesh(p.config.mesh, p.machine.num_devices))
     return {
         "config": p.config.name, "machine": str(p.machine), "chips": p.machine.chips, "mesh": p.mesh, "fits": p.fits,
         "parameters": p.num_params, "tokens_per_step": p.tokens,
+        "pipeline": schedule._asdict() | {"bubble": schedule.bubble} if schedule.stages > 1 else None,
         "bytes": {"capacity": p.machine.chip.hbm / p.machine.chip.devices, "parameters": p.params,
                   "optimizer": p.moments} | (
             {"arguments": done.argument, "temporaries": done.temp, "total": done.total}

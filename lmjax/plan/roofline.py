@@ -24,6 +24,9 @@ from lmjax.plan.machine import HOST_GPUS, HOST_RATE, Machine
 # mean. Best and worst are a sixth away, about the spread of those runs.
 EFFICIENCY = {"v5e": 0.78, "v5p": 0.79, "v6e": 0.60, "h100": 0.44, "h200": 0.44}
 OTHERS, SPREAD = 0.65, 1 / 6
+# Beside those of `tensor`, messages that the next product waits for: tokens on their way to experts, and activations on
+# theirs to the next stage. By the names that `lmjax.plan.work` gives them, and of an axis in a compiled program.
+AWAITED = ("expert", "expert (tokens)", "pipeline", "pipeline (activations)", "pipeline (ends)", "pipeline (chunks)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +100,13 @@ class Times:
 
 def step_times(work: Work, machine: Machine, shares: tuple[float, float, float] | None = None) -> Times:
     """fast: memory, network and host wholly behind the products. likely: but for messages that the next product waits
-    for: those of `tensor`, and of `expert` alone, which are tokens. slow: every message and every byte of the host
-    waited for."""
+    for, those of `tensor` and AWAITED. slow: every message and every byte of the host waited for."""
     best, likely, worst = shares or efficiencies(machine.name)
     compute = work.flops / machine.chip.peak
     memory = work.hbm / machine.chip.hbm_rate
     seconds = {m: message_seconds(m, machine) for m in work.messages}
     exposed = sum(s for m, s in seconds.items()
-                  if m.axis.startswith("tensor") or m.axis in ("expert", "expert (tokens)"))
+                  if m.axis.startswith("tensor") or m.axis in AWAITED)
     network = sum(seconds.values()) - exposed
     host = work.host / HOST_RATE
     step = (max(compute / best, memory, network + exposed, host),

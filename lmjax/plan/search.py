@@ -56,9 +56,9 @@ class Trial:
 
 def candidates(config: RunConfig, machine: Machine) -> Iterator[RunConfig]:
     """Configs with other meshes, batches and remat; those that a mesh cannot divide are for `make` to refuse. `context`
-    stays what it is: it follows from the length of rows."""
-    devices, context = machine.num_devices, config.mesh.context
-    inside = devices // machine.slices // context  # only `replica` crosses slices
+    stays what it is, as it follows from the length of rows, and so does `pipeline`."""
+    devices, context, pipeline = machine.num_devices, config.mesh.context, config.mesh.pipeline
+    inside = devices // machine.slices // (context * pipeline)  # only `replica` crosses slices
     most = config.model.moe.num_experts if config.model.moe else 1
     for tensor, expert in itertools.product((1, 2, 4, 8, 16), (e for e in (1, 2, 4, 8, 16) if e <= most)):
         rest = inside // (tensor * expert)
@@ -66,7 +66,7 @@ def candidates(config: RunConfig, machine: Machine) -> Iterator[RunConfig]:
             if inside % (tensor * expert * fsdp):
                 continue
             mesh = MeshConfig(data=rest // fsdp, fsdp=fsdp, tensor=tensor, replica=machine.slices, expert=expert,
-                              context=context)
+                              context=context, pipeline=pipeline)
             for rows in BATCHES:
                 if rows * config.seq_len // context > MOST_TOKENS:
                     continue
@@ -94,6 +94,10 @@ def search(config: RunConfig, machine: Machine, *, minutes: float, compiles: boo
            clock: Callable[[], float] = time.monotonic) -> str:
     """The table of settings, fastest first; `minutes` bound the compiling. Raises ConfigError where nothing is left."""
     began = clock()
+    open_ended = [f"--search: mesh.{name}=-1: stays what it is while others are tried; give it a size"
+                  for name in ("context", "pipeline") if getattr(config.mesh, name) == -1]
+    if open_ended:
+        raise ConfigError(*open_ended)
     found = trials(config, machine)
     if not found:
         raise ConfigError(f"--search: no mesh, batch or remat of {config.name} comes near to fitting {machine}; take a "

@@ -87,18 +87,30 @@ def supervised(config: RunConfig) -> list[str]:
             f"rest{longer}"]
 
 
-def pipelined(plan: Plan, config: RunConfig) -> list[str]:
+def schedule_of(config: RunConfig, mesh: Mesh | AbstractMesh) -> Schedule:
+    """Who does what when on a mesh, of a config that was found to fit it; Schedule(1, 1, 1) without stages."""
+    if mesh.shape["pipeline"] == 1:
+        return Schedule(1, 1, 1)
+    return Schedule(mesh.shape["pipeline"], config.compute.pipeline_repeats, _micro(config, mesh)[0])
+
+
+def _micro(config: RunConfig, mesh: Mesh | AbstractMesh) -> tuple[int, str]:
+    rows = config.batch_size // (batch_ways(mesh) * config.accumulate)
+    return choose_micro(config.compute.pipeline_microbatches, rows, mesh.shape["pipeline"],
+                        config.compute.pipeline_repeats)
+
+
+def pipelined(config: RunConfig, mesh: Mesh | AbstractMesh) -> list[str]:
     """One line on the stages of the layers and what they cost; none for a run without."""
-    stages, repeats = plan.mesh.shape["pipeline"], config.compute.pipeline_repeats
+    schedule = schedule_of(config, mesh)
+    stages, repeats, micro = schedule
     if stages == 1:
         return []
-    rows = config.batch_size // (batch_ways(plan.mesh) * config.accumulate)
-    micro, why = choose_micro(config.compute.pipeline_microbatches, rows, stages, repeats)
     each = config.model.num_layers // (stages * repeats)
     layers = f"{each} layer{'s' * (each > 1)}"
     turns = f"{stages} stages, each {repeats} times with {layers}" if repeats > 1 else f"{stages} stages of {layers}"
-    return [f"pipeline     {turns}; {micro} micro-batches ({why}); bubble "
-            f"{Schedule(stages, repeats, micro).bubble:.1%} of a stage's time"]
+    return [f"pipeline     {turns}; {micro} micro-batches ({_micro(config, mesh)[1]}); bubble {schedule.bubble:.1%} of "
+            "a stage's time"]
 
 
 def describe(plan: Plan, config: RunConfig) -> str:
@@ -117,7 +129,7 @@ def describe(plan: Plan, config: RunConfig) -> str:
         f"+ {format_bytes(params)} gradients; activations come on top",
         f"batch        {config.batch_size} rows x {config.seq_len} = {tokens:,} tokens a step, "
         f"{format_count(tokens * config.total_steps)} in {config.total_steps:,} steps",
-        *pipelined(plan, config),
+        *pipelined(config, plan.mesh),
         *supervised(config),
         f"FLOPs        {format_count(plan.flops_per_token)} a token (6 x matrix weights + attention), "
         f"{plan.flops_per_token * tokens * config.total_steps:.2e} in all",

@@ -9,30 +9,39 @@ import math
 
 from lmjax import flops
 from lmjax.models import DecoderConfig
+from lmjax.nn.pipeline import Schedule
 from lmjax.plan.roofline import Message, Work
 
 BF16, F32, INT32 = 2, 4, 4
 STATE = 3 * F32  # weight and two moments of AdamW
+WHOLE = Schedule(1, 1, 1)  # without stages, all layers run once, on all rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Sizes of the mesh axes; in the mesh `expert` and `context` stand between fsdp and tensor, which varies fastest.
-    data: that of `replica` too."""
+    """Sizes of the mesh axes. In the mesh their order is replica, pipeline, data, fsdp, expert, context, tensor, which
+    varies fastest."""
 
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
     expert: int = 1
     context: int = 1
+    pipeline: int = 1
+    replica: int = 1
 
     @property
     def size(self) -> int:
-        return self.data * self.shards
+        return self.copies * self.pipeline * self.shards
+
+    @property
+    def copies(self) -> int:
+        """Of each weight."""
+        return self.replica * self.data
 
     @property
     def shards(self) -> int:
-        """Parts of a weight: `expert` and `context` are more of fsdp to those that are no expert's."""
+        """Parts of a weight of a stage: `expert` and `context` are more of fsdp to those that are no expert's."""
         return self.fsdp * self.expert * self.context * self.tensor
 
 
@@ -67,14 +76,17 @@ def matrix_weights(c: DecoderConfig) -> Weights:
 
 
 def analytic(model: DecoderConfig, split: Split, batch_size: int, seq_len: int, remat: str | float = "full",
-             accumulate: int = 1, *, all_keys: bool = False, ring: bool = True, padding: float = 1.0) -> Work:
+             accumulate: int = 1, *, all_keys: bool = False, ring: bool = True, padding: float = 1.0,
+             schedule: Schedule = WHOLE) -> Work:
     """The step of a bfloat16 run on each of split.size chips.
 
     remat as `ComputeConfig.remat`, or the share of a block's forward products that is computed again. all_keys: count
     attention's model FLOPs over whole rows, as PaLM does and MaxText did until July 2025, in place of the keys that a
     causal query sees. ring: how keys go over `context`, else they are gathered (`lmjax.nn.context`). padding: rows that
-    experts compute over rows that were chosen; 1 here, a recipe's capacity factor where tokens are dropped.
+    experts compute over rows that were chosen; 1 here, a recipe's capacity factor where tokens are dropped. schedule:
+    of a pipeline of split.pipeline stages, which computes in its bubble too.
     """
+    assert schedule.stages == split.pipeline, (schedule, split)
     c = model.filled()
     w = matrix_weights(c)
     layers, tokens = c.num_layers, batch_size * seq_len / split.size
@@ -83,6 +95,8 @@ def analytic(model: DecoderConfig, split: Split, batch_size: int, seq_len: int, 
     counted = layers * seq_len if all_keys else seen
     wide = c.num_heads * c.head_dim
     model_flops = tokens * (6.0 * (layers * w.met + w.head) + 12 * wide * counted)
+    idle = _with_bubble(schedule)
+    runs = layers / schedule.stages * schedule.micro * idle  # of a layer on this chip, in each pass
 
     # Attention kernels make the scores anew in the backward pass, once for dq and once for dk and dv: seven products
     # for the four that are counted; over `context` once for all. Recomputation adds the block's forward pass ("full",
@@ -95,23 +109,30 @@ def analytic(model: DecoderConfig, split: Split, batch_size: int, seq_len: int, 
     attends = remat not in ("none", "named")  # whether the backward pass runs attention's forward pass again
     scores = 6 if split.context == 1 else 2
     computed = ((6 + 2 * again) * layers * w.common + (6 + 2 * again_experts) * layers * w.chosen * padding
-                + 6.0 * w.head + (12 + scores) * wide * seen + 4 * wide * seen * attends)
+                + (12 + scores) * wide * seen + 4 * wide * seen * attends) * idle + 6.0 * w.head
 
     here = (w.common + w.experts / split.expert) / split.tensor  # of a block, once gathered
     gathers = 2 if split.shards > split.tensor else 1  # written once a gather, or cast once
-    read = (2 + gathers) * (layers * here + w.head / split.tensor)
-    read += layers * ((3 + again) * w.common + (3 + again_experts) * w.experts / split.expert) / split.tensor
+    read = (2 + gathers) * (runs * here + w.head / split.tensor)
+    read += runs * ((3 + again) * w.common + (3 + again_experts) * w.experts / split.expert) / split.tensor
     hbm = accumulate * BF16 * (read + (3 + again) * w.head / split.tensor)
     embed = 0 if c.tied else w.head
-    hbm += (2 * STATE + F32) * (layers * w.block + w.head + embed) / split.shards
-    rows = tokens * split.tensor  # tokens of the group that shares them
+    hbm += (2 * STATE + F32) * (layers / split.pipeline * w.block + w.head + embed) / split.shards
+    if split.pipeline > 1:  # gradients are added up, tick by tick
+        hbm += accumulate * 2 * F32 * runs * w.block / split.shards
+    rows = tokens * split.tensor  # tokens of the group that shares them; behind the layers, where stages share them too
     moved = 6 * c.d_model + (2 * wide + 2 * c.num_kv_heads * c.head_dim + (inner + 1) * _dense_ff(c)) / split.tensor
     moved = (3 + again) * moved + (3 + again_experts) * _expert_rows(c, split, 4, inner + 1)
-    hbm += rows * layers * BF16 * moved + rows * c.vocab_size / split.tensor * F32 * 4
-    host = 2.0 * BF16 * layers * rows * c.d_model if remat == "offload" else 0.0  # inputs of blocks, there and back
+    hbm += rows * layers * idle * BF16 * moved + rows * c.vocab_size / split.tensor * F32 * 4
+    host = 2.0 * BF16 * layers * idle * rows * c.d_model if remat == "offload" else 0.0  # blocks' inputs, to and fro
     summed = 0.0 if remat == "named" else again  # what attention adds is kept, the MLP's sum is not needed again
-    messages = _messages(c, split, rows, summed, accumulate, remat != "none", attends, ring)
+    messages = _messages(c, split, schedule, rows, summed, accumulate, remat != "none", attends, ring)
     return Work(model_flops, tokens * computed, hbm, tuple(messages), host)
+
+
+def _with_bubble(schedule: Schedule) -> float:
+    """What a stage's layers compute over what is of use: 1 without stages."""
+    return schedule.ticks / (schedule.micro * schedule.repeats)
 
 
 def _dense_ff(c: DecoderConfig) -> int:
@@ -127,12 +148,19 @@ def _expert_rows(c: DecoderConfig, split: Split, models: int, experts: int) -> f
     return split.expert * c.moe.experts_per_token * (models * c.d_model + experts * c.moe.d_ff / split.tensor)
 
 
-def _messages(c: DecoderConfig, split: Split, rows: float, again: float, accumulate: int, recomputes: bool,
-              attends: bool, ring: bool):
-    """recomputes, attends: whether the backward pass runs experts, and attention, or what leads to them, again."""
+def _messages(c: DecoderConfig, split: Split, schedule: Schedule, rows: float, again: float, accumulate: int,
+              recomputes: bool, attends: bool, ring: bool):
+    """recomputes, attends: whether the backward pass runs experts, and attention, or what leads to them, again.
+
+    A pipeline does in each tick what is done once without: it gathers weights, and reduces their gradients, over
+    `data` and `replica` too, and then in the compute dtype (docs/planning.md has what a TPU's program does).
+    """
     w = matrix_weights(c)
-    layers, d, t, e = c.num_layers, split.data, split.tensor, split.expert
+    d, t, e, stages = split.copies, split.tensor, split.expert, schedule.stages
+    layers = c.num_layers / stages * schedule.micro * _with_bubble(schedule)  # runs of one
+    ticks = rows * stages / schedule.micro  # tokens of a tick
     embed, over = 0 if c.tied else w.head, split.shards // t  # `over`: devices that a weight is gathered from
+    apart = split.shards * (stages if split.replica > 1 else 1)  # copies of a weight; stages may lie between them
     name = " + ".join(n for n in ("fsdp", "expert", "context") if getattr(split, n) > 1)
     own = " + ".join(n for n in ("fsdp", "context") if getattr(split, n) > 1)  # experts are not gathered over `expert`
     # Weights are gathered for each pass; the recomputation shares its gather with the backward pass.
@@ -143,34 +171,56 @@ def _messages(c: DecoderConfig, split: Split, rows: float, again: float, accumul
         if group > 1 and size:
             for kind, passes in (("all-gather", 2), ("reduce-scatter", 1)):
                 yield Message(kind, f"{axes} ({what})", BF16 * size / t, group, stride, passes * count * accumulate)
-    if d > 1:
+    if d > 1 and stages == 1:
         yield Message("all-reduce", "data (gradients)", F32 * (layers * w.block + w.head + embed) / split.shards, d,
-                      split.shards)
+                      apart)
+    elif d > 1:
+        yield Message("all-reduce", "data (gradients)", BF16 * w.block / split.shards, d, apart, layers * accumulate)
+        yield Message("all-reduce", "data (gradients)", F32 * (w.head + embed) / split.shards, d, apart, accumulate)
     if t > 1:  # after attention and after the MLP, each in the forward and, for their inputs, in the backward pass
         for wider, count in ((1, 2), (e, 2)) if c.moe and e > 1 else ((1, 4),):
-            yield Message("all-reduce", "tensor (activations)", BF16 * rows * wider * c.d_model, t, 1,
+            yield Message("all-reduce", "tensor (activations)", BF16 * ticks * wider * c.d_model, t, 1,
                           layers * count * (1 + again / 2))
     if e > 1:
-        yield from _expert_messages(c, split, e * rows, recomputes)
+        yield from _expert_messages(c, split, layers, e * ticks, recomputes)
     if split.context > 1:
-        yield from _context_messages(c, split, rows, attends, ring)
+        yield from _context_messages(c, split, layers, ticks, rows, attends, ring)
+    if stages > 1:
+        yield from _stage_messages(c, split, schedule, ticks, accumulate)
 
 
-def _expert_messages(c: DecoderConfig, split: Split, tokens: float, recomputes: bool):
+def _stage_messages(c: DecoderConfig, split: Split, schedule: Schedule, tokens: float, accumulate: int):
+    """What goes to the next stage, forward and backward, tokens in each tick. At the ends of the layers: the last
+    stage's results to all, a part each, their gradients back, and those of what went in, added up. The gradient of the
+    output matrix, which all stages use; and with repeats, weights of chunks from where they lie, and back."""
+    w, p, stride = matrix_weights(c), schedule.stages, split.data * split.shards
+    x = BF16 * tokens / accumulate * c.d_model
+    yield Message("collective-permute", "pipeline (activations)", x, p, stride, 2 * schedule.ticks * accumulate)
+    for kind in ("reduce-scatter", "all-gather", "all-reduce"):
+        yield Message(kind, "pipeline (ends)", schedule.micro * x, p, stride, accumulate)
+    yield Message("all-reduce", "pipeline (gradients)", F32 * w.head / split.shards, p, stride, accumulate)
+    if schedule.repeats > 1:
+        weights = c.num_layers / p * w.block / split.shards
+        for each in (BF16, F32):
+            yield Message("all-to-all", "pipeline (chunks)", each * weights, p, stride, accumulate)
+
+
+def _expert_messages(c: DecoderConfig, split: Split, layers: float, tokens: float, recomputes: bool):
     """Tokens of the devices that share experts, with their choices and shares, and back; the gradients of both."""
-    layers, choices, stride = c.num_layers, c.moe.experts_per_token, split.tensor * split.context
+    choices, stride = c.moe.experts_per_token, split.tensor * split.context
     x = BF16 * c.d_model
     for kind, each, count in (("all-gather", x + (INT32 + F32) * choices, 1 + recomputes), ("all-gather", x, 1),
                               ("reduce-scatter", x, 1), ("reduce-scatter", x + F32 * choices, 1)):
         yield Message(kind, "expert (tokens)", tokens * each, split.expert, stride, layers * count)
 
 
-def _context_messages(c: DecoderConfig, split: Split, rows: float, recomputes: bool, ring: bool):
+def _context_messages(c: DecoderConfig, split: Split, layers: float, tokens: float, rows: float, recomputes: bool,
+                      ring: bool):
     """Keys and values of each layer, forward and backward, and their float32 gradients, once; at the two ends of the
     model, tokens to the zig-zag order and back."""
-    ways, layers, t = split.context, c.num_layers, split.tensor
+    ways, t = split.context, split.tensor
     heads = math.lcm(c.num_kv_heads, t) // t  # of a device; fewer than there are devices are repeated
-    numbers = 2 * heads * c.head_dim * rows
+    numbers = 2 * heads * c.head_dim * tokens
     passes = 2 + recomputes
     if ring:
         yield Message("collective-permute", "context (ring)", BF16 * numbers, ways, t, layers * passes * (ways - 1))
@@ -182,10 +232,11 @@ def _context_messages(c: DecoderConfig, split: Split, rows: float, recomputes: b
 
 
 def activation_bytes(model: DecoderConfig, split: Split, batch_size: int, seq_len: int, remat: str,
-                     accumulate: int = 1) -> float:
+                     accumulate: int = 1, schedule: Schedule = WHOLE) -> float:
     """About what the backward pass finds kept on a chip: bfloat16 inputs of blocks ("full"; on the host for
     "offload"), with what attention reads and gives ("named"), with every product's result ("dots"), or with what lies
-    between those as well ("none"), and the one layer that is being worked on.
+    between those as well ("none"), and the one layer that is being worked on; of stages, for all ticks, and what went
+    into them, with its gradient.
     Compilers keep more or less; this is for leaving out what is hopeless before one is asked."""
     c = model.filled()
     tokens = batch_size * seq_len / (split.size / split.tensor) / accumulate
@@ -199,4 +250,6 @@ def activation_bytes(model: DecoderConfig, split: Split, batch_size: int, seq_le
     w = matrix_weights(c)
     here = w.common + w.experts / split.expert
     gathered = BF16 * max(2 * here, w.head) / split.tensor if split.shards > split.tensor else 0
-    return c.num_layers * kept + 2 * everything + gathered
+    tick = schedule.stages / schedule.micro  # of a copy's tokens, those of a micro-batch
+    held = 2 * full * schedule.stages if schedule.stages > 1 else 0
+    return c.num_layers * kept * _with_bubble(schedule) + 2 * everything * tick + gathered + held
