@@ -44,6 +44,9 @@ def test_compiled(name):
     assert isinstance(planned.compiled, Compiled) and planned.fits
     c = planned.config
     layers, found = c.model.num_layers, planned.compiled.program.collectives
+    if planned.machine.chips == 1:
+        assert not found
+        return
     large = [m for m in found if m.bytes * m.count > 1e8]
     axes = " + ".join(axis for axis in ("fsdp", "context") if planned.mesh[axis] > 1)  # of weights
     assert large and {m.axis for m in large} <= {axes, "context"}
@@ -54,7 +57,7 @@ def test_compiled(name):
     planned_sizes = {m.axis: m.bytes for m in planned.work.messages}
     block = sum(planned_sizes.get(f"{axes} ({what})", 0) for what in ("blocks", "experts"))
     moved = sum(m.bytes * m.count for m in found if m.count >= layers and m.bytes < block / 1.5)
-    assert 0.9 < moved / (3 * layers * block) < 1.3
+    assert 0.9 < moved / (3 * layers * block * c.accumulate) < 1.3
 
 
 def row(name: str, compiles: bool) -> str:
