@@ -149,5 +149,7 @@ def prose(count: int, words: int) -> tuple[list[str], list[str], list[str]]:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Mean, least and greatest of seeds."""
+    """Mean, least and greatest of seeds; the value of one."""
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
     return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
