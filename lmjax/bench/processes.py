@@ -8,16 +8,15 @@ of their own, here the machine's loopback, so this tells what the split costs wh
 
 import argparse
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from lmjax.bench.output import between, finish, machine, say, table
 from lmjax.bench.rounds import ROOT, spread
 from lmjax.bench.start import environment
+from lmjax.chaos.lab import free_port
 from lmjax.errors import ConfigError
 from lmjax.records import read_metrics
 
@@ -57,7 +56,7 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", default=str(ROOT / "configs" / "quickstart.py"), metavar="CONFIG.py",
                         help="what is run (default: the quickstart)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                        help="a field of that config (repeatable), such as mesh.fsdp=4")
+                        help="a field of that config (repeatable), such as batch_size=64")
     parser.add_argument("--smoke", action="store_true", help="one round of a few steps: does it all work?")
     options = parser.parse_args(args)
     if options.smoke:
@@ -107,12 +106,4 @@ def step_seconds(options: argparse.Namespace, folder: Path, name: str, processes
             raise ConfigError(f"{options.config}: a process of {processes} ended with exit code {process.returncode} "
                               f"({text[-300:]})")
     records = [r for r in read_metrics(folder / "runs" / name) if r["kind"] == "train"]
-    tokens: dict[str, Any] = {r["step"]: r["tokens"] for r in records}
-    return tokens[options.steps] / options.steps / records[-1]["tokens_per_second"]
-
-
-def free_port() -> int:
-    """One that nobody listens to now."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+    return records[-1]["tokens"] / options.steps / records[-1]["tokens_per_second"]

@@ -186,11 +186,10 @@ def _value_and_gradients(x_BTD, head_VD, targets_BT, weights_BT, *, terms: _Term
     if place.scattered:  # first what makes it smaller
         sums = jax.lax.psum_scatter(sums, place.scattered, scatter_dimension=1, tiled=True)
     sums = _sum(sums, tuple(axis for axis in place.tokens if axis not in place.scattered))
-    if any(place):
-        sums, dx = jax.lax.optimization_barrier((sums, dx))
-    if place.sums == "DV":  # the barrier, or of a single chunk XLA makes one product, in the slow order
-        sums = jax.lax.optimization_barrier(sums).T
-    dhead_VD = sums.astype(head_VD.dtype)
+    # The sums are sent before the layers' backward pass, which dx begins, and not held through it. And on one device,
+    # with a single chunk, XLA would fold the transpose below into the product, which is then in the slow order.
+    sums, dx = jax.lax.optimization_barrier((sums, dx))
+    dhead_VD = (sums if place.sums == "VD" else sums.T).astype(head_VD.dtype)
     return _sum(total, place.tokens), _join(nll, B, T), _join(dx, B, T), dhead_VD
 
 

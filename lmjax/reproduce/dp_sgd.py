@@ -135,9 +135,9 @@ def trainer(texts: Texts, clipped_grad: Callable, steps: int) -> Callable:
 
 
 def table(result: dict) -> str:
+    seeds = "one seed" if result["seeds"] == 1 else f"mean and range of {result['seeds']} seeds"
     lines = [f"{result['rows']} rows, each seen {result['epochs']} times on average; epsilon at delta = "
-             f"{result['delta']:g}, for a row; " + (f"mean and range of {result['seeds']} seeds"
-                                                    if result["seeds"] > 1 else "one seed"), "",
+             f"{result['delta']:g}, for a row; {seeds}", "",
              "| trained with | noise | recited | ROUGE-L | tokens before the first wrong one | AUC of the loss "
              "| held-out loss, nats a token |", "|---" * 7 + "|"]
     for name in result["kinds"]:
