@@ -197,6 +197,13 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, activation_spec(letters, x.shape, mesh))
 
 
+def platform() -> str:
+    """Of the devices of the mesh that is set: `lmjax plan` sets one of chips that are not there. Without one, of this
+    process's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def context_ways() -> int:
     """Into how many parts the mesh that is set splits the tokens of a row; 1 without one."""
     return jax.sharding.get_abstract_mesh().shape.get("context", 1)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from helpers import TINY
 from lmjax.models import ComputeConfig, Decoder, DecoderConfig
 from lmjax.models import decoder as module
 from lmjax.nn.attention import blockwise_attention, causal_mask, cudnn_attention, reference_attention
-from lmjax.nn.linear import project
+from lmjax.nn.linear import product, project
 
 KINDS = {
     "plain": TINY,
@@ -146,6 +147,26 @@ def test_project_is_einsum(spec, x_shape, w_shape):
     assert project(spec, x.astype(jnp.bfloat16), w).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize("spec", ["rk,kc->rc", "rh,sh->rs", "NV,VD->ND", "ND,NV->DV", "ND,NV->VD"])
+def test_products_of_16_bits_are_added_up_in_32(spec, rows):
+    """Whatever is summed over, and wide or narrow: the product and both gradients, beside float64."""
+    rng = np.random.default_rng(rows)
+    first, second, result = re.split(",|->", spec)
+    sizes = dict.fromkeys(first + second, 33) | {first[0]: rows, result[1]: 50}
+    a, b, g = (jnp.asarray(rng.normal(size=[sizes[letter] for letter in each]), jnp.bfloat16)
+               for each in (first, second, result))
+    out, back = jax.vjp(lambda a, b: product(spec, a, b, jnp.float32), a, b)
+    a_64, b_64, g_64 = (np.asarray(x, np.float64) for x in (a, b, g))
+    np.testing.assert_allclose(out, np.einsum(spec, a_64, b_64), rtol=1e-5, atol=1e-5)
+    d_a, d_b = back(g.astype(jnp.float32))
+    assert d_a.dtype == d_b.dtype == jnp.bfloat16
+    for ours, right in ((d_a, np.einsum(f"{result},{second}->{first}", g_64, b_64)),
+                        (d_b, np.einsum(f"{first},{result}->{second}", a_64, g_64))):
+        np.testing.assert_allclose(ours, right.astype(jnp.bfloat16), rtol=2**-7, atol=1e-4)
+    assert product(spec, a, b).dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_unrolled_layers_are_scanned_layers(kind):
     """Also where the window pattern does not divide the depth."""
@@ -154,7 +175,7 @@ def test_unrolled_layers_are_scanned_layers(kind):
         return jax.tree.leaves(jax.jit(jax.value_and_grad(lambda m, ids: jnp.sum(jnp.sin(m(ids)))))(model, tokens(2)))
 
     for ours, right in zip(loss_and_gradients("unroll"), loss_and_gradients("scan"), strict=True):
-        np.testing.assert_allclose(ours, right, rtol=2e-4, atol=2e-4)
+        np.testing.assert_allclose(ours, right, rtol=2e-4, atol=max(2e-4, 1e-5 * np.abs(right).max()))
 
 
 def test_weights_do_not_depend_on_compute_and_do_on_seed():

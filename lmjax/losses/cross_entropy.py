@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lmjax.axes import activation_spec, constrain, weight_spec
+from lmjax.nn.linear import product
 
 CHUNK_BYTES = 32 * 2**20  # of float32 logits on one device; two or three such arrays live at a time
 # On a mesh a chunk also has at least so many tokens of each device. A chunk reads the head twice in two bytes, and
@@ -115,10 +116,6 @@ def _forward_chunk(head_VD, terms: _Terms, place: _Place, total, chunk):
     return total + weighted_sum(loss, weights), nll
 
 
-def _head_gradient(x_ND: jax.Array, dz_NV: jax.Array, letters: str) -> jax.Array:
-    return jnp.einsum(f"ND,NV->{letters}", x_ND, dz_NV, preferred_element_type=jnp.float32)
-
-
 def _gradient_chunk(head_VD, terms: _Terms, place: _Place, carry, chunk):
     total, sums = carry
     x, targets, weights = chunk
@@ -132,11 +129,8 @@ def _gradient_chunk(head_VD, terms: _Terms, place: _Place, carry, chunk):
     dz = p - (1.0 - terms.label_smoothing) * hot - terms.label_smoothing / vocab_size
     dz = jnp.where(weights[..., None] != 0, dz * weights[..., None], 0.0) * dcap
     # In every chunk, not once after all of them: it travels while the head's gradient is computed.
-    dx = _sum(jnp.einsum("NV,VD->ND", dz.astype(x.dtype), head_VD.astype(x.dtype)), place.vocabulary)
-    # XLA's CPU backend has no product of 16-bit matrices into 32 bits where the first one lies transposed.
-    dhead = jax.lax.platform_dependent(
-        x, dz, cpu=lambda x, dz: _head_gradient(x.astype(jnp.float32), dz, place.sums),
-        default=lambda x, dz: _head_gradient(x, dz.astype(x.dtype), place.sums))
+    dx = _sum(product("NV,VD->ND", dz.astype(x.dtype), head_VD.astype(x.dtype)), place.vocabulary)
+    dhead = product(f"ND,NV->{place.sums}", x, dz.astype(x.dtype), jnp.float32)
     return (total + weighted_sum(loss, weights), sums + dhead), (nll, dx)
 
 

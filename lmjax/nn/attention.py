@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lmjax.axes import constrain
+from lmjax.nn.linear import product
 
 MASKED = -1e30  # finite, so that a row with nothing to see gives no NaN
 # What compute.remat=named keeps of a block bears this name. What attention returns is among it; where a derivative is
@@ -57,11 +58,11 @@ def _one_head(q_TGH: jax.Array, k_TH: jax.Array, v_TH: jax.Array, segments_T: ja
         mask_TS = causal_mask(jnp.arange(start, stop), jnp.arange(first, stop), window)
         if segments_T is not None:
             mask_TS = mask_TS & (segments_T[start:stop, None] == segments_T[None, first:stop])
-        scores_RS = jnp.dot(q_RH * scale, k_SH.T, preferred_element_type=jnp.float32)
+        scores_RS = product("rh,sh->rs", q_RH * scale, k_SH, jnp.float32)
         if softcap:
             scores_RS = softcap * jnp.tanh(scores_RS / softcap)
         probs_RS = jax.nn.softmax(jnp.where(jnp.repeat(mask_TS, G, axis=0), scores_RS, MASKED), axis=-1)
-        return probs_RS.astype(v_SH.dtype) @ v_SH
+        return product("rs,sh->rh", probs_RS.astype(v_SH.dtype), v_SH)
 
     outs = []
     for start in range(0, T, block):
