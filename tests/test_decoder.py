@@ -147,24 +147,25 @@ def test_project_is_einsum(spec, x_shape, w_shape):
     assert project(spec, x.astype(jnp.bfloat16), w).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [1, 7, 64])
 @pytest.mark.parametrize("spec", ["rk,kc->rc", "rh,sh->rs", "NV,VD->ND", "ND,NV->DV", "ND,NV->VD"])
-def test_products_of_16_bits_are_added_up_in_32(spec, rows):
+def test_products_are_added_up_in_32_bits(spec, rows, dtype):
     """Whatever is summed over, and wide or narrow: the product and both gradients, beside float64."""
     rng = np.random.default_rng(rows)
     first, second, result = re.split(",|->", spec)
     sizes = dict.fromkeys(first + second, 33) | {first[0]: rows, result[1]: 50}
-    a, b, g = (jnp.asarray(rng.normal(size=[sizes[letter] for letter in each]), jnp.bfloat16)
+    a, b, g = (jnp.asarray(rng.normal(size=[sizes[letter] for letter in each]), dtype)
                for each in (first, second, result))
     out, back = jax.vjp(lambda a, b: product(spec, a, b, jnp.float32), a, b)
     a_64, b_64, g_64 = (np.asarray(x, np.float64) for x in (a, b, g))
     np.testing.assert_allclose(out, np.einsum(spec, a_64, b_64), rtol=1e-5, atol=1e-5)
     d_a, d_b = back(g.astype(jnp.float32))
-    assert d_a.dtype == d_b.dtype == jnp.bfloat16
+    assert d_a.dtype == d_b.dtype == dtype
     for ours, right in ((d_a, np.einsum(f"{result},{second}->{first}", g_64, b_64)),
                         (d_b, np.einsum(f"{first},{result}->{second}", a_64, g_64))):
-        np.testing.assert_allclose(ours, right.astype(jnp.bfloat16), rtol=2**-7, atol=1e-4)
-    assert product(spec, a, b).dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours, right.astype(dtype), rtol=2**-7 if dtype == "bfloat16" else 1e-5, atol=1e-4)
+    assert product(spec, a, b).dtype == dtype
 
 
 @pytest.mark.parametrize("kind", KINDS)
