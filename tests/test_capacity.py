@@ -81,7 +81,7 @@ def test_a_run_goes_on_where_it_was_ended(tmp_path, monkeypatch, capsys):
     text = path.read_text()
     path.write_text(text[: text.rindex('"seconds"')])  # killed while the last line was written
     assert cli.main(command) == 0
-    assert calls == [40, 81, 121, 121]
+    assert calls == [55, 110, 165, 165]
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 3
     assert "1.10 ± 1.27" in capsys.readouterr().out
     svg = Path(tmp_path / "capacity.svg").read_text()

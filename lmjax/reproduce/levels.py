@@ -55,7 +55,7 @@ def with_more_steps(steps: Sequence[int], bits: Sequence[float], at: float) -> f
 
 
 def _shape(r: Record) -> str:
-    return f"L={r['layers']} d={r['width']} V={r['vocab']} S={r['length']}"
+    return f"L={r['layers']} d={r['width']} N={r['heads']} V={r['vocab']} S={r['length']}"
 
 
 def _groups(records: Sequence[Record]) -> dict[tuple[str, int, str], list[Record]]:
