@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import TINY
 
 from lmjax.models import ComputeConfig, Decoder, DecoderConfig
@@ -166,6 +167,22 @@ def test_products_are_added_up_in_32_bits(spec, rows, dtype):
                         (d_b, np.einsum(f"{first},{result}->{second}", a_64, g_64))):
         np.testing.assert_allclose(ours, right.astype(dtype), rtol=2**-7 if dtype == "bfloat16" else 1e-5, atol=1e-4)
     assert product(spec, a, b).dtype == dtype
+
+
+def test_a_hessian_times_a_vector_by_forward_mode():
+    """What research does with a model that it imports: float32 has derivatives of every kind."""
+    model, ids = Decoder(TINY, 0, ComputeConfig(attention="blockwise")), tokens(1, 8)
+    graphdef, params = nnx.split(model)
+
+    def gradient(params):
+        return jax.grad(lambda p: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(ids))))(params)
+
+    _, forward = jax.jvp(gradient, (params,), (params,))
+    step = 1e-2
+    up, down = (gradient(jax.tree.map(lambda w, by=by: w * (1 + by), params)) for by in (step, -step))
+    for ours, above, below in zip(*map(jax.tree.leaves, (forward, up, down)), strict=True):
+        right = (above - below) / (2 * step)
+        np.testing.assert_allclose(ours, right, atol=0.02 * float(jnp.abs(right).max()) + 1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -30,45 +30,46 @@ def project(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def product(spec: str, a: jax.Array, b: jax.Array, dtype: Any = None) -> jax.Array:
-    """`jnp.einsum(spec, a, b)` of two matrices that share one letter ("rk,kc->rc"), added up in float32; the result's
-    dtype is a's unless told. On a CPU it and its gradients take the forms for which XLA's CPU backend has fast code
-    (docs/performance.md)."""
+    """`jnp.einsum(spec, a, b)` of two matrices that share one letter ("rk,kc->rc"); those of bfloat16 are added up in
+    float32. The result's dtype is a's unless told.
+
+    XLA's CPU backend has fast code for bfloat16 only where the result is float32, the letter summed over ends the first
+    matrix, and neither is a transposed one; any other product it converts. So on a CPU products of bfloat16, and those
+    of their gradients, take that form (docs/performance.md). These have no forward-mode derivative.
+    """
     dtype = dtype or a.dtype
-    if platform() != "cpu":
+    if a.dtype != jnp.bfloat16 or platform() != "cpu":
         return jnp.einsum(spec, a, b, preferred_element_type=dtype)
-    return _cpu_product(spec, dtype, a, b)
+    return _product_16(spec, dtype, a, b)
 
 
-def _summed_in_32(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Matrices of 16 bits are converted to float32 unless the letter summed over ends the first and neither is a
-    transposed one. Where it begins both of them, one has to be turned: the narrower, for any number of bits."""
+def _into_32(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     x, y, z = re.split(",|->", spec)
     if x[0] not in z and (y[0] in z or a.shape[1] > b.shape[1]):
         x, y, a, b = y, x, b, a
     in_order = "".join(letter for letter in x + y if letter in z)
-    into_32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    if x[0] in z or a.dtype.itemsize > 2:
-        out = into_32(f"{x},{y}->{in_order}", a, b)
-    else:  # XLA sees a turned matrix and converts it, but does not see through its slices
+    multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    if x[0] in z:
+        out = multiply(f"{x},{y}->{in_order}", a, b)
+    else:  # The letter begins both: the narrower is turned. XLA would notice, but does not see through slices.
         turned, half = a.T, len(a) // 2
-        out = sum(into_32(f"{x[::-1]},{y}->{in_order}", turned[:, rows], b[rows])
+        out = sum(multiply(f"{x[::-1]},{y}->{in_order}", turned[:, rows], b[rows])
                   for rows in (slice(half), slice(half, None)))
-    # The barrier keeps XLA from turning the product round again.
+    # Without the barrier XLA would multiply the other way round again.
     return out if in_order == z else jax.lax.optimization_barrier(out).T
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cpu_product(spec: str, dtype: Any, a: jax.Array, b: jax.Array) -> jax.Array:
-    return _summed_in_32(spec, a, b).astype(dtype)
+def _product_16(spec: str, dtype: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+    return _into_32(spec, a, b).astype(dtype)
 
 
-def _cpu_product_bwd(spec: str, dtype: Any, kept: tuple[jax.Array, jax.Array], d_z: jax.Array
-                     ) -> tuple[jax.Array, jax.Array]:
+def _product_16_bwd(spec: str, dtype: Any, kept: tuple[jax.Array, jax.Array], d_z: jax.Array
+                    ) -> tuple[jax.Array, jax.Array]:
     a, b = kept
     x, y, z = re.split(",|->", spec)
     d_z = d_z.astype(a.dtype)
-    return (_summed_in_32(f"{z},{y}->{x}", d_z, b).astype(a.dtype),
-            _summed_in_32(f"{x},{z}->{y}", a, d_z).astype(b.dtype))
+    return _into_32(f"{z},{y}->{x}", d_z, b).astype(a.dtype), _into_32(f"{x},{z}->{y}", a, d_z).astype(b.dtype)
 
 
-_cpu_product.defvjp(lambda spec, dtype, a, b: (_cpu_product(spec, dtype, a, b), (a, b)), _cpu_product_bwd)
+_product_16.defvjp(lambda spec, dtype, a, b: (_product_16(spec, dtype, a, b), (a, b)), _product_16_bwd)
