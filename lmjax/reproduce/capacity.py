@@ -74,7 +74,7 @@ def train(cell: Cell, tell: Callable[[int, str], None] = lambda step, what: None
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=tuple(SIZES), default="cpu",
-                        help="cpu: a quarter of an hour on two cores; long: hours; paper: for an accelerator")
+                        help="cpu: about twenty minutes; long: about forty; paper: for an accelerator")
 
 
 def run(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[list[seeds.Record], str, str]:
