@@ -21,6 +21,7 @@ MASKED = -1e30  # finite, so that a row with nothing to see gives no NaN
 # What compute.remat=named keeps of a block bears this name. What attention returns is among it; where a derivative is
 # written by hand its residuals are, or the scores would be computed again to have them.
 KEPT = "kept"
+OF_A_BLOCK = "of a block of queries"
 
 
 def causal_mask(q_index_T: jax.Array, k_index_S: jax.Array, window: int = 0) -> jax.Array:
@@ -51,8 +52,14 @@ def reference_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
 def _one_head(q_TGH: jax.Array, k_TH: jax.Array, v_TH: jax.Array, segments_T: jax.Array | None, *, scale: float,
               softcap: float, window: int, block: int) -> jax.Array:
     """Blocks of queries of the G heads that share one key/value head, in one row. Products are of plain matrices,
-    with queries and their heads in one dimension R = T G: the form that every backend multiplies fastest."""
+    with queries and their heads in one dimension R = T G: the form that every backend multiplies fastest.
+
+    Softmax is divided by its sum after the product with v. The little that is kept of a block, then, leaves the backward
+    pass an exponential to compute again, and no maximum and no sum over keys (as in FlashAttention, arXiv 2205.14135,
+    appendix B.4)."""
     T, G, H = q_TGH.shape
+    keep = functools.partial(checkpoint_name, name=OF_A_BLOCK)
+    policy = jax.checkpoint_policies.save_only_these_names(OF_A_BLOCK)
 
     def one_block(start, stop, first, q_RH, k_SH, v_SH, segments_T):
         mask_TS = causal_mask(jnp.arange(start, stop), jnp.arange(first, stop), window)
@@ -61,14 +68,18 @@ def _one_head(q_TGH: jax.Array, k_TH: jax.Array, v_TH: jax.Array, segments_T: ja
         scores_RS = product("rh,sh->rs", q_RH * scale, k_SH, jnp.float32)
         if softcap:
             scores_RS = softcap * jnp.tanh(scores_RS / softcap)
-        probs_RS = jax.nn.softmax(jnp.where(jnp.repeat(mask_TS, G, axis=0), scores_RS, MASKED), axis=-1)
-        return product("rs,sh->rh", probs_RS.astype(v_SH.dtype), v_SH)
+        scores_RS = jnp.where(jnp.repeat(mask_TS, G, axis=0), scores_RS, MASKED)
+        top_R1 = keep(jax.lax.stop_gradient(jnp.max(scores_RS, axis=-1, keepdims=True)))
+        powers_RS = jnp.exp(scores_RS - top_R1)
+        sum_R1 = keep(jnp.sum(powers_RS, axis=-1, keepdims=True))
+        mixed_RH = keep(product("rs,sh->rh", powers_RS.astype(v_SH.dtype), v_SH, jnp.float32))
+        return (mixed_RH / sum_R1).astype(v_SH.dtype)
 
     outs = []
     for start in range(0, T, block):
         stop = min(start + block, T)
         first = max(0, start - window + 1) if window else 0
-        out = jax.checkpoint(one_block, static_argnums=(0, 1, 2))(
+        out = jax.checkpoint(one_block, static_argnums=(0, 1, 2), policy=policy)(
             start, stop, first, q_TGH[start:stop].reshape(-1, H), k_TH[first:stop], v_TH[first:stop], segments_T)
         outs.append(out.reshape(-1, G, H))
     return jnp.concatenate(outs)

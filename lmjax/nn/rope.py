@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmjax.axes import platform
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -105,7 +107,10 @@ def rotation(positions_BT: jax.Array, freqs: np.ndarray | jax.Array,
     """(cos, sin) of positions * freqs, times magnitude, float32 [B, T, 1, H/2]. Made once and used by every layer: a
     sine costs a CPU more than the rest of the rotation."""
     angles_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * freqs
-    cos, sin = jnp.cos(angles_BT1h), jnp.sin(angles_BT1h)
+    if platform() == "cpu":  # XLA would compute them again wherever they are read; what a loop gave it leaves alone
+        cos, sin = jax.lax.map(lambda first: jax.lax.cond(first, jnp.cos, jnp.sin, angles_BT1h), jnp.array([True, False]))
+    else:
+        cos, sin = jnp.cos(angles_BT1h), jnp.sin(angles_BT1h)
     return (cos, sin) if magnitude == 1 else (cos * magnitude, sin * magnitude)
 
 
