@@ -54,9 +54,9 @@ def _one_head(q_TGH: jax.Array, k_TH: jax.Array, v_TH: jax.Array, segments_T: ja
     """Blocks of queries of the G heads that share one key/value head, in one row. Products are of plain matrices,
     with queries and their heads in one dimension R = T G: the form that every backend multiplies fastest.
 
-    Softmax is divided by its sum after the product with v. The little that is kept of a block, then, leaves the backward
-    pass an exponential to compute again, and no maximum and no sum over keys (as in FlashAttention, arXiv 2205.14135,
-    appendix B.4)."""
+    Softmax is divided by its sum after the product with v. The little that is kept of a block, then, leaves the
+    backward pass an exponential to compute again, and no maximum and no sum over keys (as in FlashAttention,
+    arXiv 2205.14135, appendix B.2)."""
     T, G, H = q_TGH.shape
     keep = functools.partial(checkpoint_name, name=OF_A_BLOCK)
     policy = jax.checkpoint_policies.save_only_these_names(OF_A_BLOCK)

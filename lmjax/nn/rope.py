@@ -108,7 +108,8 @@ def rotation(positions_BT: jax.Array, freqs: np.ndarray | jax.Array,
     sine costs a CPU more than the rest of the rotation."""
     angles_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * freqs
     if platform() == "cpu":  # XLA would compute them again wherever they are read; what a loop gave it leaves alone
-        cos, sin = jax.lax.map(lambda first: jax.lax.cond(first, jnp.cos, jnp.sin, angles_BT1h), jnp.array([True, False]))
+        is_cos_2 = jnp.array([True, False])
+        cos, sin = jax.lax.map(lambda is_cos: jax.lax.cond(is_cos, jnp.cos, jnp.sin, angles_BT1h), is_cos_2)
     else:
         cos, sin = jnp.cos(angles_BT1h), jnp.sin(angles_BT1h)
     return (cos, sin) if magnitude == 1 else (cos * magnitude, sin * magnitude)

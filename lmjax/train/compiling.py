@@ -12,8 +12,7 @@ from lmjax.process import release_freed_memory
 
 def xla_options(devices: list) -> dict[str, Any]:
     """Options of XLA that are known to help on these devices: overlap of communication with computation for more than
-    one GPU; on a single CPU the order of operations that needs least memory, a fifth less than the usual one and as fast
-    (docs/performance.md)."""
+    one GPU; on a single CPU the order of operations that needs least memory (docs/performance.md)."""
     match devices[0].platform, len(devices) > 1:
         case "gpu", True:
             return {"xla_gpu_enable_latency_hiding_scheduler": True}
