@@ -118,6 +118,12 @@ def test_blockwise_equals_reference_with_gradients(window, softcap):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+def test_blockwise_looks_for_no_maximum_again_in_the_backward_pass():
+    q = k = v = jnp.ones((1, 24, 2, 8))
+    grad = jax.grad(lambda q, k, v: blockwise_attention(q, k, v, None, scale=0.3, block=8).sum(), (0, 1, 2))
+    assert str(jax.make_jaxpr(grad)(q, k, v)).count("reduce_max") == 3  # one for each block of queries
+
+
 @pytest.mark.parametrize("window", [0, 3])
 def test_the_call_to_cudnn_means_the_same(window):
     """The same call with XLA's implementation, as no GPU is needed then."""

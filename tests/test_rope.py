@@ -87,3 +87,10 @@ def test_problems():
     assert "beta_fast=1.0" in problems(kind="yarn", beta_fast=1.0)[0]
     assert "original_len=0" in problems(kind="dynamic", original_len=0)[0]
     assert not problems(kind="yarn") and not problems(kind="ntk", low_freq=9.0)
+
+
+def test_a_compiled_model_has_the_sines_once():
+    """XLA's CPU backend would put them into every loop that reads them, in each layer, forward and backward."""
+    model, ids = random_model(dataclasses.replace(TINY, num_layers=3)), jnp.zeros((2, 16), jnp.int32)
+    compiled = jax.jit(jax.grad(lambda m: m(ids).var())).lower(model).compile().as_text()
+    assert compiled.count(" sine(") == 1 and compiled.count(" cosine(") == 1
