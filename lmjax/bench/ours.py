@@ -86,12 +86,13 @@ class Training:
         """Compiles for the first batch; returns (that batch, seconds, bytes of temporaries)."""
         import time
 
-        from lmjax.train.compiling import xla_options
+        from lmjax.train.compiling import compile_lowered, xla_options
 
         _, batch = next(self.batches)
         began = time.perf_counter()
-        self.step = self.jitted.lower(self.state, batch).compile(
-            compiler_options=xla_options(self.mesh.devices.flatten()) or None)
+        lowered = self.jitted.lower(self.state, batch)
+        self.step = compile_lowered(lowered, xla_options(self.mesh.devices.flatten()),
+                                    functools.partial(print, file=sys.stderr))  # stdout is the protocol's
         release_freed_memory()
         analysis = self.step.memory_analysis()
         return batch, time.perf_counter() - began, getattr(analysis, "temp_size_in_bytes", 0)

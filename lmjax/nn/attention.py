@@ -21,7 +21,7 @@ MASKED = -1e30  # finite, so that a row with nothing to see gives no NaN
 # What compute.remat=named keeps of a block bears this name. What attention returns is among it; where a derivative is
 # written by hand its residuals are, or the scores would be computed again to have them.
 KEPT = "kept"
-OF_A_BLOCK = "of a block of queries"
+OF_A_BLOCK = "of a block of queries"  # what blockwise attention keeps for its own backward pass
 
 
 def causal_mask(q_index_T: jax.Array, k_index_S: jax.Array, window: int = 0) -> jax.Array:

@@ -1,6 +1,7 @@
 """The train step made into a program, and its profile."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,24 @@ def xla_options(devices: list) -> dict[str, Any]:
     return {}
 
 
+def compile_lowered(lowered, options: dict[str, Any], say: Callable[[str], None]):
+    """The program, with these options of XLA; one that this XLA does not know is told and left out."""
+    try:
+        return lowered.compile(compiler_options=options or None)
+    except jax.errors.JaxRuntimeError as error:
+        if not options or "No such compile option" not in str(error):
+            raise
+        say(f"this XLA lacks one of {', '.join(options)}; compiling without")
+        return lowered.compile()
+
+
 def compile_step(train_step, state, batch, log: RunLog, options: dict | None = None):
-    """The step compiled ahead of its first call, so that compile time is told and paid once. An option that this
-    XLA does not know is told and left out."""
+    """The step compiled ahead of its first call, so that compile time is told and paid once."""
     began = time.perf_counter()
     if options is None:
         options = xla_options(jax.tree.leaves(state)[0].sharding.mesh.devices.flatten())
     with jax.transfer_guard("allow"):
-        lowered = train_step.lower(state, batch)
-        try:
-            compiled = lowered.compile(compiler_options=options or None)
-        except jax.errors.JaxRuntimeError as error:
-            if not options or "No such compile option" not in str(error):
-                raise
-            log.say(f"this XLA lacks one of {', '.join(options)}; compiling without")
-            compiled = lowered.compile()
+        compiled = compile_lowered(train_step.lower(state, batch), options, log.say)
     release_freed_memory()
     analysis = compiled.memory_analysis()
     temp = f", {format_bytes(analysis.temp_size_in_bytes)} of temporaries a device" if analysis else ""
