@@ -64,6 +64,9 @@ class EvalConfig:
         return bad + self.sample.problems(f"{prefix}.sample")
 
 
+CPU_TOKENS = 2048  # of a micro-batch on a CPU: more do not stay near its caches, fewer are slower (docs/performance.md)
+
+
 @dataclasses.dataclass
 class RunConfig:
     """One training run. Its folder is run_root/name; the same command continues it."""
@@ -73,7 +76,7 @@ class RunConfig:
     steps: int = 1000
     batch_size: int = 8  # rows of the global batch
     seq_len: int = 512  # tokens of a row
-    accumulate: int = 1  # micro-batches that a step is cut into, to save memory
+    accumulate: int = 0  # micro-batches that a step is cut into, to save memory; 0: `micro_batches` chooses
     seed: int = 0
     init_from: str = ""  # initial weights: a run folder, a Hugging Face folder or a GGUF file; "": random ones
     model: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
@@ -98,6 +101,20 @@ class RunConfig:
         fish = self.objective.goldfish
         return equal_steps(fish, self.steps, self.protected_share) if fish.equal_supervised else self.steps
 
+    def micro_batches(self, devices: int, platform: str | None = None) -> tuple[int, str]:
+        """(how many a step is cut into, reason) on so many devices of a platform, by default this process's. Where
+        `accumulate` leaves the choice, more than one only if their sum is the whole batch's to rounding, as a balance
+        of experts and a mask drawn anew are not."""
+        if self.accumulate:
+            return self.accumulate, "set by accumulate"
+        if (platform or jax.default_backend()) != "cpu" or devices > 1:
+            return 1, "the batch at once"
+        if self.model.moe or self.objective.goldfish.strategy == "random":
+            return 1, "the batch at once: experts are balanced, or targets drawn, in each"
+        most = min(self.batch_size, self.batch_size * self.seq_len // CPU_TOKENS, 1024)
+        parts = next((n for n in range(most, 1, -1) if self.batch_size % n == 0), 1)
+        return parts, f"{self.batch_size // parts * self.seq_len:,} tokens each, near a CPU's caches"
+
     @property
     def protected_share(self) -> float:
         """The share of training rows whose source the goldfish loss may drop targets of."""
@@ -113,9 +130,9 @@ def validate(config: RunConfig, num_devices: int, slices: int = 1, platform: str
     that the devices are of. platform: "cpu", "gpu" or "tpu", where it is not this process's."""
     c, platform = config, platform or jax.default_backend()
     bad = []
-    for name in ("steps", "batch_size", "seq_len", "accumulate"):
-        if not 1 <= getattr(c, name) < 2**31:
-            bad.append(f"{name}={getattr(c, name)}: must be at least 1 and below 2^31")
+    for name, low in (("steps", 1), ("batch_size", 1), ("seq_len", 1), ("accumulate", 0)):
+        if not low <= getattr(c, name) < 2**31:
+            bad.append(f"{name}={getattr(c, name)}: must be at least {low} and below 2^31")
     if not 0 <= c.seed < 2**32:
         bad.append(f"seed={c.seed}: must be from 0 to 2^32 - 1")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.name):
@@ -159,11 +176,11 @@ def validate(config: RunConfig, num_devices: int, slices: int = 1, platform: str
 def _mesh_problems(c: RunConfig, num_devices: int) -> list[str]:
     """What the mesh must divide."""
     mesh = abstract_mesh(c.mesh, num_devices)
-    model, ways = c.model.filled(), batch_ways(mesh)
+    model, ways, micro = c.model.filled(), batch_ways(mesh), max(c.accumulate, 1)
     bad = []
-    if c.batch_size > 0 and c.accumulate > 0 and c.batch_size % (ways * c.accumulate):
-        bad.append(f"batch_size={c.batch_size} must be a multiple of {ways * c.accumulate}: replica x data x fsdp x "
-                   f"expert = {ways} parts x accumulate={c.accumulate} micro-batches")
+    if c.batch_size > 0 and c.batch_size % (ways * micro):
+        bad.append(f"batch_size={c.batch_size} must be a multiple of {ways * micro}: replica x data x fsdp x "
+                   f"expert = {ways} parts x accumulate={micro} micro-batches")
     moe = model.moe
     widths = {"moe.d_ff": moe.d_ff, "moe.shared_d_ff": moe.shared_d_ff} if moe else {"d_ff": model.d_ff}
     for axis, sizes in (("tensor", {"num_heads": model.num_heads, **widths}), ("fsdp", {"d_model": model.d_model}),
@@ -182,8 +199,8 @@ def _mesh_problems(c: RunConfig, num_devices: int) -> list[str]:
     if mesh.shape["expert"] > 1 and model.d_model % split and not model.d_model % mesh.shape["fsdp"]:
         bad.append(f"mesh.fsdp x mesh.expert={split} does not divide model.d_model={model.d_model}: outside of the "
                    "experts both split it; choose sizes that do")
-    if not bad and not c.compute.problems() and c.batch_size > 0 and c.accumulate > 0:
-        bad += pipeline_problems(c.batch_size // (ways * c.accumulate), model.num_layers,
+    if not bad and not c.compute.problems() and c.batch_size > 0:
+        bad += pipeline_problems(c.batch_size // (ways * micro), model.num_layers,
                                  min(len(model.windows), model.num_layers), mesh.shape["pipeline"],
                                  c.compute.pipeline_repeats, c.compute.pipeline_microbatches)
     if mesh.shape["expert"] > 1 and not moe:

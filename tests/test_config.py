@@ -9,6 +9,8 @@ import pytest
 from lmjax.axes import MeshConfig
 from lmjax.config import (
     DataConfig,
+    DecoderConfig,
+    PretrainConfig,
     RunConfig,
     SourceConfig,
     fit_vocabulary,
@@ -20,6 +22,8 @@ from lmjax.config import (
     validate,
 )
 from lmjax.errors import ConfigError
+from lmjax.losses.goldfish import GoldfishConfig
+from lmjax.nn.moe import MoEConfig
 from lmjax.train import dry_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,6 +142,17 @@ def test_equal_supervised_makes_a_run_longer():
     assert any("no source has goldfish=True" in line for line in ignored(spared))
     late = load_config(QUICKSTART, ["--objective.goldfish.start=9999"])
     assert any("nothing is ever" in line for line in ignored(late))
+
+
+@pytest.mark.parametrize("fields, parts", [
+    ({}, 2), ({"batch_size": 16}, 4), ({"batch_size": 7}, 1), ({"batch_size": 6, "seq_len": 1024}, 3),
+    ({"batch_size": 2, "seq_len": 8192}, 2), ({"batch_size": 4, "seq_len": 64}, 1), ({"accumulate": 8}, 8),
+    ({"objective": PretrainConfig(GoldfishConfig("random"))}, 1), ({"model": DecoderConfig(moe=MoEConfig())}, 1)])
+def test_micro_batches_of_a_cpu(fields, parts):
+    """Of at least 2,048 tokens where the rows allow, and only where they add up to the batch."""
+    config = RunConfig(**fields)
+    assert config.micro_batches(1, "cpu")[0] == parts
+    assert config.micro_batches(2, "cpu")[0] == config.micro_batches(1, "tpu")[0] == (config.accumulate or 1)
 
 
 def test_json_round_trip():

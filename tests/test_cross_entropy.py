@@ -123,6 +123,17 @@ def test_upstream_scale_reaches_the_gradient():
     np.testing.assert_allclose(scaled, 0.25 * once, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_hidden_states_are_turned_for_the_heads_gradient(chunks):
+    """On one device: XLA's CPU backend multiplies that faster, and would undo it where there is one chunk."""
+    x, head, targets, weights = inputs()
+    rows = B * T // chunks + 1
+    gradient = jax.jit(jax.grad(lambda head: cross_entropy(x, head, targets, weights, chunk_bytes=4 * V * rows)[0]))
+    text = gradient.lower(head).compile().as_text()
+    sums = [line for line in text.splitlines() if " dot(" in line and f"f32[{D},{V}]" in line]
+    assert len(sums) == 1 and "lhs_contracting_dims={1}" in sums[0]
+
+
 def test_vocabulary_is_never_whole():
     """No array of [tokens, V] or larger in the compiled gradient; the naive loss has one."""
     x, head, targets, weights = inputs()

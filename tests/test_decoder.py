@@ -154,6 +154,17 @@ def test_project_is_einsum(spec, x_shape, w_shape):
     assert project(spec, x.astype(jnp.bfloat16), w).dtype == jnp.bfloat16
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the form that XLA's CPU backend multiplies faster")
+@pytest.mark.parametrize("wide, first", [(256, 1), (32, 0)])
+def test_a_weights_gradient_turns_the_narrower_matrix(wide, first):
+    """The dimension summed over begins the first matrix of the product only where that is the wider one."""
+    x, w = jnp.ones((2, 64, 64)), jnp.ones((64, wide))
+    gradient = jax.jit(jax.grad(lambda w, x: jnp.sum(jnp.sin(project("BTD,DF->BTF", x * 2, w)))))
+    text = gradient.lower(w, x).compile().as_text()
+    weights = [line for line in text.splitlines() if " dot(" in line and f"f32[64,{wide}]" in line]
+    assert len(weights) == 1 and f"lhs_contracting_dims={{{first}}}" in weights[0]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [1, 7, 64])
 @pytest.mark.parametrize("spec", ["rk,kc->rc", "rh,sh->rs", "NV,VD->ND", "ND,NV->DV", "ND,NV->VD"])

@@ -137,7 +137,7 @@ def open_training(case: Case) -> Iterator[Training]:
         placed = shardings(make_plan(config, tx, mesh).state, mesh)
         state = jax.jit(make_init(init, tx), out_shardings=placed)(jax.random.key(config.seed))
         jitted = make_train_step(functools.partial(pretrain.loss, config.objective), graphdef(init), tx, schedule,
-                                 seed=config.seed, accumulate=1, shardings=placed)
+                                 seed=config.seed, accumulate=config.micro_batches(1)[0], shardings=placed)
         with Loader(rows_of(case), mesh, case.batch, 0, config.steps) as loader:
             yield Training(config, mesh, tx, state, jitted, loader, iter(loader))
 

@@ -58,10 +58,11 @@ class _Place(NamedTuple):
     scattered: tuple[str, ...] = ()
 
     @property
-    def sums(self) -> str:
-        """Letters of the sums of the head's gradient. On a mesh as it is stored, or XLA copies them before they are
-        sent; on one device in the order that XLA's CPU backend multiplies faster (docs/performance.md)."""
-        return "VD" if any(self) else "DV"
+    def turned(self) -> bool:
+        """Whether the head's gradient is summed up as [D, V], of hidden states [D, N]: on one device, since XLA's CPU
+        backend multiplies that faster (docs/performance.md). On a mesh it is [V, D] as it is stored, or XLA copies the
+        sums before they are sent."""
+        return not any(self)
 
 
 def _sum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -118,7 +119,7 @@ def _forward_chunk(head_VD, terms: _Terms, place: _Place, total, chunk):
 
 def _gradient_chunk(head_VD, terms: _Terms, place: _Place, carry, chunk):
     total, sums = carry
-    x, targets, weights = chunk
+    x, x_turned, targets, weights = chunk
     vocab_size = head_VD.shape[0] * (jax.lax.axis_size(place.vocabulary) if place.vocabulary else 1)
     z, dcap = _logits(x, head_VD, terms.softcap)
     loss, nll, lse, hot = _token_terms(z, targets, terms, place.vocabulary)
@@ -130,7 +131,8 @@ def _gradient_chunk(head_VD, terms: _Terms, place: _Place, carry, chunk):
     dz = jnp.where(weights[..., None] != 0, dz * weights[..., None], 0.0) * dcap
     # In every chunk, not once after all of them: it travels while the head's gradient is computed.
     dx = _sum(product("NV,VD->ND", dz.astype(x.dtype), head_VD.astype(x.dtype)), place.vocabulary)
-    dhead = product(f"ND,NV->{place.sums}", x, dz.astype(x.dtype), jnp.float32)
+    spec, x = ("DN,NV->DV", x_turned) if place.turned else ("ND,NV->VD", x)
+    dhead = product(spec, x, dz.astype(x.dtype), jnp.float32)
     return (total + weighted_sum(loss, weights), sums + dhead), (nll, dx)
 
 
@@ -174,8 +176,11 @@ def _value_and_gradients(x_BTD, head_VD, targets_BT, weights_BT, *, terms: _Term
     (B, T), V = targets_BT.shape, head_VD.shape[0]
     parts = tuple(_cut(a, _chunks(B * T, V, chunk_bytes, place)) for a in (x_BTD, targets_BT, weights_BT))
     whole_VD = _gathered(head_VD, x_BTD.dtype, place)
+    # With a single chunk XLA would fold the turn into the product, but for the barrier.
+    x_turned = jax.lax.optimization_barrier(parts[0].mT) if place.turned else None
+    parts = (parts[0], x_turned, *parts[1:])
     step = functools.partial(_gradient_chunk, whole_VD, terms, place)
-    start = jnp.zeros(whole_VD.shape if place.sums == "VD" else whole_VD.T.shape, jnp.float32)
+    start = jnp.zeros(whole_VD.T.shape if place.turned else whole_VD.shape, jnp.float32)
     (total, sums), (nll, dx) = jax.lax.scan(step, (jnp.float32(0), start), parts)
     if place.scattered:  # first what makes it smaller
         sums = jax.lax.psum_scatter(sums, place.scattered, scatter_dimension=1, tiled=True)
@@ -183,7 +188,7 @@ def _value_and_gradients(x_BTD, head_VD, targets_BT, weights_BT, *, terms: _Term
     # The sums are sent before the layers' backward pass, which dx begins, and not held through it. And on one device,
     # with a single chunk, XLA would fold the transpose below into the product, which is then in the slow order.
     sums, dx = jax.lax.optimization_barrier((sums, dx))
-    dhead_VD = (sums if place.sums == "VD" else sums.T).astype(head_VD.dtype)
+    dhead_VD = (sums.T if place.turned else sums).astype(head_VD.dtype)
     return _sum(total, place.tokens), _join(nll, B, T), _join(dx, B, T), dhead_VD
 
 

@@ -36,7 +36,8 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
         compute = dataclasses.replace(compute, layers="scan")
     if config.model.moe and compute.experts == "auto":  # this process has another backend
         compute = dataclasses.replace(compute, experts=choose_experts("auto", machine.chip.kind)[0])
-    config = dataclasses.replace(config, compute=compute)
+    config = dataclasses.replace(config, compute=compute,
+                                 accumulate=config.micro_batches(devices, machine.chip.kind)[0])
     # A plan needs no data, so sources that are not there yet are no problem of it.
     without_data = dataclasses.replace(config.data, sources=(SourceConfig(),))
     validate(dataclasses.replace(config, data=without_data), devices, machine.slices, machine.chip.kind)

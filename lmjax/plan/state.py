@@ -95,7 +95,7 @@ def schedule_of(config: RunConfig, mesh: Mesh | AbstractMesh) -> Schedule:
 
 
 def _micro(config: RunConfig, mesh: Mesh | AbstractMesh) -> tuple[int, str]:
-    rows = config.batch_size // (batch_ways(mesh) * config.accumulate)
+    rows = config.batch_size // (batch_ways(mesh) * max(config.accumulate, 1))
     return choose_micro(config.compute.pipeline_microbatches, rows, mesh.shape["pipeline"],
                         config.compute.pipeline_repeats)
 

@@ -131,7 +131,8 @@ def train(config: RunConfig, profile: int = 0) -> Path:
 
         # ---- The two compiled programs ----------------------------------------------------------------
         loss = functools.partial(pretrain.loss, config.objective)
-        train_step = make_train_step(loss, model_def, tx, schedule, seed=config.seed, accumulate=config.accumulate,
+        parts, _ = config.micro_batches(len(devices))
+        train_step = make_train_step(loss, model_def, tx, schedule, seed=config.seed, accumulate=parts,
                                      shardings=placed, sigmas=config.guard.sigmas, zero1=config.mesh.zero1)
         compiled = False
         eval_step = make_eval_step(model_def, np.pad(

@@ -45,6 +45,7 @@ def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Bat
                       choose_attention(config.compute.attention, config.seq_len, config.compute.dtype))
     chunks = plan.mesh.shape["pipeline"] * config.compute.pipeline_repeats if plan.mesh.shape["pipeline"] > 1 else 1
     scanned, why_scanned = scan_layers(config.compute.layers, config.model.num_layers // chunks)
+    parts, why_parts = config.micro_batches(len(devices))
     moe = config.model.moe and config.model.filled().moe
     products, why_products = choose_experts(config.compute.experts)
     peak = flops.peak(devices[0].device_kind, config.compute.dtype)
@@ -56,6 +57,7 @@ def say_start(log: RunLog, config: RunConfig, plan, corpus: Corpus, batches: Bat
         describe(plan, config),
         f"compute      {config.compute.dtype}, remat {config.compute.remat}, attention {attention} ({why}), "
         f"{'scanned' if scanned else 'unrolled'} layers ({why_scanned})",
+        *([f"             {parts} micro-batches ({why_parts})"] if parts > 1 else []),
         *([f"experts      {moe.experts_per_token} of {moe.num_experts} a token, {moe.d_ff} wide, {moe.router} router; "
            f"{products} ({why_products})"] if moe else []),
         f"data         {batches.rows_per_epoch:,} training rows, "
