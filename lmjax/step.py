@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -91,8 +92,9 @@ class Metrics:
 
     def fetch(self) -> dict[str, float]:
         """sum / weight of each metric whose weight is not 0; waits for the step."""
-        return {name: float(s) / float(w)
-                for name, (s, w) in zip(self.names, jax.device_get(self.sums), strict=True) if w}
+        with jax.transfer_guard_device_to_host("allow"):  # what jax.device_get is for, in half of its time
+            sums = np.asarray(self.sums)
+        return {name: float(s) / float(w) for name, (s, w) in zip(self.names, sums, strict=True) if w}
 
 
 def make_train_step(loss: Loss, graphdef: nnx.GraphDef, tx: optax.GradientTransformation,
