@@ -47,7 +47,7 @@ def test_lowers_for_256_devices(name, platform):
              for field in ("tokens", "targets", "segments", "positions", "weights")}
     step = make_train_step(functools.partial(pretrain.loss, config.objective),
                            graphdef(functools.partial(Decoder, config.model, compute=config.compute)), tx, schedule,
-                           seed=0, accumulate=config.accumulate, shardings=placed)
+                           seed=0, accumulate=config.micro_batches(256, platform)[0], shardings=placed)
     with jax.sharding.use_abstract_mesh(mesh):
         text = step.trace(abstract(plan.state, placed), batch).lower(lowering_platforms=(platform,)).as_text()
     assert "stablehlo.while" in text and "sdy.sharding" in text

@@ -101,12 +101,13 @@ def parse(args: list[str]) -> argparse.Namespace:
 
 def by_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, list[float]]]:
     """{call: {"wall", "cpu"}}, ms of each time it ran: once a turn, or again for TURN seconds where it is short. The
-    first time, which compiles and touches memory, is not counted."""
+    first time of a turn is not counted: it compiles, or memory and caches went to the others meanwhile."""
     for call in calls.values():
         call()
     took: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in calls}
     for number in range(rounds):
         for name, call in calls.items():
+            call()
             until = time.perf_counter() + TURN
             while True:
                 began, cpu = time.perf_counter(), time.process_time()
