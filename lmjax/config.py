@@ -111,7 +111,7 @@ class RunConfig:
             return 1, "the batch at once"
         if self.model.moe or self.objective.goldfish.strategy == "random":
             return 1, "the batch at once: experts are balanced, or targets drawn, in each"
-        most = min(self.batch_size, self.batch_size * self.seq_len // CPU_TOKENS, 1024)  # a short search, whatever is asked
+        most = min(self.batch_size, self.batch_size * self.seq_len // CPU_TOKENS, 1024)  # a short search
         parts = next((n for n in range(most, 1, -1) if self.batch_size % n == 0), 1)
         return parts, f"{self.batch_size // parts * self.seq_len:,} tokens each, near a CPU's caches"
 
