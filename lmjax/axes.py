@@ -209,7 +209,7 @@ def context_ways() -> int:
     return jax.sharding.get_abstract_mesh().shape.get("context", 1)
 
 
-def batch_sharding(mesh: Mesh, ndim: int = 2, length: int = 0) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh, ndim: int = 2, length: int = 0) -> NamedSharding:
     """Rows over the axes of a batch; tokens over context where it divides a row's length; everything else whole."""
     tokens = "context" if length and length % mesh.shape["context"] == 0 else None
     return NamedSharding(mesh, P(BATCH_AXES, *[tokens, *[None] * (ndim - 2)][:ndim - 1]))

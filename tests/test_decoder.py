@@ -270,3 +270,15 @@ def test_weights_are_born_with_the_stated_spread():
         values = np.asarray(weight[...])
         assert values.std() == pytest.approx(std, rel=0.02) and abs(values.mean()) < 0.02 * std
         assert np.abs(values).max() <= 1.7321 * std
+
+
+def test_gradients_of_layers_one_after_another_are_put_together_once():
+    """The gradient of slicing a stack is as many stacks, nearly all zeros, as there are layers."""
+    model = Decoder(DecoderConfig(vocab_size=64, num_layers=3, d_model=32, num_heads=2),
+                    compute=ComputeConfig(layers="unroll"))
+    graphdef, params = nnx.split(model)
+    tokens = jnp.arange(16).reshape(2, 8)
+    text = str(jax.make_jaxpr(jax.grad(lambda p: nnx.merge(graphdef, p)(tokens).var()))(params))
+    shape = ",".join(map(str, model.blocks.mlp.up_DF.shape))
+    made = [line.split(" = ")[1].split("[")[0] for line in text.splitlines() if f":f32[{shape}] = " in line]
+    assert made and set(made) == {"concatenate"}

@@ -4,16 +4,15 @@ import functools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from lmjax.axes import ACTIVATION_RULES, abstract_mesh
+from lmjax.axes import abstract_mesh
 from lmjax.checkpoint import abstract
 from lmjax.config import ComputeConfig, MeshConfig, OptimConfig, RunConfig, load_config, preset
 from lmjax.models import Decoder
 from lmjax.objectives import pretrain
 from lmjax.optim import make_optimizer
-from lmjax.plan import make_plan
+from lmjax.plan import make_batch, make_plan
 from lmjax.state import graphdef, shardings
 from lmjax.step import make_train_step
 
@@ -29,7 +28,9 @@ RUNS = {
     "mixtral-8x7b": RunConfig(batch_size=256, seq_len=2048, model=preset("mixtral-8x7b"),
                               compute=ComputeConfig("bfloat16", "full", experts="ragged"),
                               mesh=MeshConfig(-1, 8, 4, expert=8)),
-    "quickstart": load_config(ROOT / "configs" / "quickstart.py", ["--model.vocab_size=2048", "--batch_size=256"]),
+    "quickstart": load_config(ROOT / "configs" / "quickstart.py", [
+        "--model.vocab_size=2048", "--batch_size=256", "--objective.goldfish.strategy=text_hash",  # all that a batch
+        "--objective.goldfish.k_final=8", "--objective.goldfish.anneal_steps=100"]),               # can have
 }
 
 
@@ -41,15 +42,12 @@ def test_lowers_for_256_devices(name, platform):
     tx, schedule = make_optimizer(OptimConfig(), 1000)
     plan = make_plan(config, tx, mesh)
     placed = shardings(plan.state, mesh)
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(ACTIVATION_RULES["B"], None))
-    shape = (config.batch_size, config.seq_len)
-    batch = {field: jax.ShapeDtypeStruct(shape, jnp.float32 if field == "weights" else jnp.int32, sharding=rows)
-             for field in ("tokens", "targets", "segments", "positions", "weights")}
     step = make_train_step(functools.partial(pretrain.loss, config.objective),
                            graphdef(functools.partial(Decoder, config.model, compute=config.compute)), tx, schedule,
                            seed=0, accumulate=config.micro_batches(256, platform)[0], shardings=placed)
     with jax.sharding.use_abstract_mesh(mesh):
-        text = step.trace(abstract(plan.state, placed), batch).lower(lowering_platforms=(platform,)).as_text()
+        traced = step.trace(abstract(plan.state, placed), make_batch(config, mesh))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert "stablehlo.while" in text and "sdy.sharding" in text
     # 80 layers in less text than Gemma 3's period of six windows: layers are scanned, depth adds nothing.
     assert len(text) < (5_000_000 if name == "gemma3-1b" else 2_000_000)

@@ -116,11 +116,11 @@ def test_compute_options_change_nothing_but_rounding(one_device):
 
 
 def test_an_option_that_xla_does_not_know_is_left_out():
-    from lmjax.train.compiling import compile_step
+    from lmjax.train.compiling import start_compiling
 
     said = []
     log = type("Log", (), {"say": lambda self, text: said.append(text)})()
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     x = jax.device_put(jnp.ones(3), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    compiled = compile_step(jax.jit(lambda x, y: x + y), x, x, log, {"xla_no_such_option": True})
+    compiled = start_compiling(jax.jit(lambda x, y: x + y), x, x, {"xla_no_such_option": True})(log)
     assert compiled(x, x)[0] == 2 and "xla_no_such_option" in said[0]

@@ -457,8 +457,8 @@ class Decoder(nnx.Module):
 
         def group(x, stacked):
             outs = []
-            for i in range(period):
-                x, out = layer(x, jax.tree.map(lambda a, i=i: a[i], stacked), i)
+            for i, params in enumerate(_split_layers(stacked, period)):
+                x, out = layer(x, params, i)
                 outs.append(out)
             return x, jax.tree.map(lambda *o: jnp.stack(o), *outs)
 
@@ -467,7 +467,15 @@ class Decoder(nnx.Module):
             stacked = jax.tree.map(lambda a: a[:whole].reshape(groups, period, *a.shape[1:]), params)
             x_BTD, outs = jax.lax.scan(group, x_BTD, stacked)
             parts.append(jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), outs))
-        for n in range(whole, depth):
-            x_BTD, out = layer(x_BTD, jax.tree.map(lambda a, n=n: a[n], params), n % period, False)
+        for n, one in enumerate(_split_layers(jax.tree.map(lambda a: a[whole:], params), depth - whole), whole):
+            x_BTD, out = layer(x_BTD, one, n % period, False)
             parts.append(jax.tree.map(lambda o: o[None], out))
         return x_BTD, jax.tree.map(lambda *o: jnp.concatenate(o), *parts)
+
+
+def _split_layers(stacked: dict, depth: int) -> list[dict]:
+    """The weights of each layer. By one split, whose gradient is one concatenation; the gradient of a slice is the
+    whole stack, zero but for one layer, and they would all be added."""
+    leaves, tree = jax.tree.flatten(stacked)
+    apart = [jax.lax.split(a, [1] * depth) for a in leaves]
+    return [tree.unflatten([layers[n].squeeze(0) for layers in apart]) for n in range(depth)]

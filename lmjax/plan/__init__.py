@@ -5,6 +5,6 @@ reads what the compiler wrote, `roofline` makes times of it, `page` shows them, 
 holds the roofline against runs that others have measured.
 """
 
-from lmjax.plan.state import Plan, describe, make_plan, parameter_table
+from lmjax.plan.state import Plan, describe, make_batch, make_plan, parameter_table
 
-__all__ = ["Plan", "describe", "make_plan", "parameter_table"]
+__all__ = ["Plan", "describe", "make_batch", "make_plan", "parameter_table"]

@@ -50,13 +50,13 @@ def compile_step(asked: dict, say) -> dict:
     say("importing")
     import jax
 
-    from lmjax.axes import batch_sharding, make_mesh
+    from lmjax.axes import make_mesh
     from lmjax.checkpoint import abstract
     from lmjax.config import from_json
     from lmjax.models import Decoder
     from lmjax.objectives import pretrain
     from lmjax.optim import make_optimizer
-    from lmjax.plan.state import make_plan
+    from lmjax.plan.state import make_batch, make_plan
     from lmjax.state import graphdef, shardings
     from lmjax.step import make_train_step
 
@@ -67,9 +67,6 @@ def compile_step(asked: dict, say) -> dict:
     tx, schedule = make_optimizer(config.optim, config.total_steps)
     state = make_plan(config, tx, mesh).state
     placed = shardings(state, mesh, config.mesh.zero1)
-    rows, shape = batch_sharding(mesh, 2, config.seq_len), (config.batch_size, config.seq_len)
-    batch = {field: jax.ShapeDtypeStruct(shape, "float32" if field == "weights" else "int32", sharding=rows)
-             for field in ("tokens", "targets", "segments", "positions", "weights")}
     step = make_train_step(functools.partial(pretrain.loss, config.objective),
                            graphdef(functools.partial(Decoder, config.model, compute=config.compute)), tx, schedule,
                            seed=config.seed, accumulate=config.accumulate, shardings=placed,
@@ -77,7 +74,8 @@ def compile_step(asked: dict, say) -> dict:
     say("tracing the train step")
     precision = "highest" if config.compute.dtype == "float32" else "default"
     with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
-        lowered = step.trace(abstract(state, placed), batch).lower(lowering_platforms=(asked["platform"],))
+        traced = step.trace(abstract(state, placed), make_batch(config, mesh))
+        lowered = traced.lower(lowering_platforms=(asked["platform"],))
     say("compiling")
     compiled = lowered.compile()
     say("reading the program")

@@ -13,8 +13,8 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from lmjax import flops
-from lmjax.axes import batch_ways
-from lmjax.config import RunConfig
+from lmjax.axes import batch_sharding, batch_ways
+from lmjax.config import RunConfig, protection
 from lmjax.log import format_bytes, format_count
 from lmjax.losses.goldfish import dropped_steps
 from lmjax.models import Decoder
@@ -51,6 +51,21 @@ def make_plan(config: RunConfig, tx: optax.GradientTransformation, mesh: Mesh | 
     windows = [c.windows[i % len(c.windows)] for i in range(c.num_layers)]
     per_token = flops.per_token(matrices, c.num_heads, c.head_dim, windows, config.seq_len)
     return Plan(mesh, state, per_token, round(sum(met.values())))
+
+
+def make_batch(config: RunConfig, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The fields of a global batch as shapes with shardings (`lmjax.objectives.pretrain` says what they are)."""
+    def field(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, len(shape), *shape[1:]))
+
+    rows, whole = config.batch_size, (config.batch_size, config.seq_len)
+    batch = {name: field("int32", *whole) for name in ("tokens", "targets", "segments", "positions")}
+    batch["weights"] = field("float32", *whole)
+    if protection(config):
+        batch["goldfish"] = field("uint32", *whole)
+    if config.objective.goldfish.scheduled:
+        batch["step"] = field("int32", rows)
+    return batch
 
 
 def bytes_per_device(tree: Any, placed: Any) -> int:

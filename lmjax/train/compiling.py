@@ -1,5 +1,6 @@
-"""The train step made into a program, and its profile."""
+"""The programs of a run: with which options of XLA they are compiled, and when; the profile of a step."""
 
+import concurrent.futures
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,18 +34,44 @@ def compile_lowered(lowered, options: dict[str, Any], say: Callable[[str], None]
         return lowered.compile()
 
 
-def compile_step(train_step, state, batch, log: RunLog, options: dict | None = None):
-    """The step compiled ahead of its first call, so that compile time is told and paid once."""
+def run_once(function: Callable, *args, **shardings):
+    """function(*args), jitted, for a program that runs once: a CPU, which compiles longer than it runs, optimises it
+    as little as it may without running it longer. shardings: of `jax.jit`."""
+    lowered = jax.jit(function, **shardings).lower(*args)
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
+    return compile_lowered(lowered, options, lambda _: None)(*args)
+
+
+def start_compiling(train_step, state, batch, options: dict | None = None) -> Callable[[RunLog], Any]:
+    """Traces the step for a state and a batch like these (arrays, or shapes with shardings) and begins to compile it,
+    while the caller goes on. What it returns waits for the program, says what it took, and gives it.
+
+    On a GPU it is compiled before this returns: the compiler measures kernels there, beside which nothing may run.
+    """
     began = time.perf_counter()
-    if options is None:
-        options = xla_options(jax.tree.leaves(state)[0].sharding.mesh.devices.flatten())
-    with jax.transfer_guard("allow"):
-        compiled = compile_lowered(train_step.lower(state, batch), options, log.say)
-    release_freed_memory()
-    analysis = compiled.memory_analysis()
-    temp = f", {format_bytes(analysis.temp_size_in_bytes)} of temporaries a device" if analysis else ""
-    log.say(f"compiled in {format_duration(time.perf_counter() - began)}{temp}")
-    return compiled
+    devices = jax.tree.leaves(state)[0].sharding.mesh.devices.flatten()
+    options = xla_options(devices) if options is None else options
+    lowered, notes = train_step.lower(state, batch), []  # here: the mesh and the precision are this thread's
+
+    def work():
+        return compile_lowered(lowered, options, notes.append), time.perf_counter() - began
+
+    pool = concurrent.futures.ThreadPoolExecutor(1, "compile")
+    future = pool.submit(work)
+    pool.shutdown(wait=False)
+    if devices[0].platform == "gpu":
+        concurrent.futures.wait([future])
+
+    def finish(log: RunLog):
+        compiled, seconds = future.result()
+        release_freed_memory()
+        analysis = compiled.memory_analysis()
+        temp = f", {format_bytes(analysis.temp_size_in_bytes)} of temporaries a device" if analysis else ""
+        for line in [*notes, f"compiled in {format_duration(seconds)}{temp}"]:
+            log.say(line)
+        return compiled
+
+    return finish
 
 
 def end_profile(metrics, folder: Path, log: RunLog) -> None:

@@ -29,10 +29,10 @@ from lmjax.models import Decoder
 from lmjax.objectives import pretrain
 from lmjax.optim import make_optimizer
 from lmjax.phases import Phases, goodput
-from lmjax.plan import make_plan
+from lmjax.plan import make_batch, make_plan
 from lmjax.state import fresh_state, graphdef, make_init, shardings
 from lmjax.step import make_train_step
-from lmjax.train.compiling import compile_step, end_profile
+from lmjax.train.compiling import end_profile, run_once, start_compiling
 from lmjax.train.meter import Meter
 from lmjax.train.repair import GoBack, Lineage, cause, rechecked
 from lmjax.train.stopping import StopSignals
@@ -88,29 +88,37 @@ def train(config: RunConfig, profile: int = 0) -> Path:
         model_def = graphdef(build)
         plan = make_plan(config, tx, mesh)
 
-        # ---- State: restored, or born on the mesh -----------------------------------------------------
+        # ---- State: restored, or born on the mesh; the train step is compiled meanwhile ---------------
         meta = {"config": to_json(config), "versions": versions(), "corpus": corpus_fingerprints(corpus, canaries)}
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint))
         placed = shardings(plan.state, mesh, config.mesh.zero1)
         like = abstract(plan.state, placed)
         with phases("restore"):
             restored = checkpoints.restore_latest(like, meta, renew=renew)
-        if restored is None:
-            with phases("init"):
-                if config.init_from:
-                    params = initial_params(config.init_from, config.model, tokenizer, mesh)
-                    fresh = functools.partial(fresh_state, tx=tx, guard=config.guard)
-                    state = jax.jit(fresh, out_shardings=placed)(params)
-                else:
-                    init = make_init(build, tx, config.guard)
-                    state = jax.jit(init, out_shardings=placed)(jax.random.key(config.seed))
-            first = 0
-        else:
+        first = 0
+        if restored is not None:
             state, saved_meta = restored
             first = int(saved_meta["step"])
             if first > steps:
                 raise CheckpointError(f"{folder}: is at step {first}, past steps={steps}; raise --steps "
                                       "or give this run another name (--name=…)")
+        loss = functools.partial(pretrain.loss, config.objective)
+        parts, _ = config.micro_batches(len(devices))
+        train_step = make_train_step(loss, model_def, tx, schedule, seed=config.seed, accumulate=parts,
+                                     shardings=placed, sigmas=config.guard.sigmas, zero1=config.mesh.zero1)
+        compiling = None
+        if first < steps:
+            with phases("compile"):
+                compiling = start_compiling(train_step, like, make_batch(config, mesh))
+        if restored is None:
+            with phases("init"):
+                if config.init_from:
+                    params = initial_params(config.init_from, config.model, tokenizer, mesh)
+                    state = run_once(functools.partial(fresh_state, tx=tx, guard=config.guard), params,
+                                     out_shardings=placed)
+                else:
+                    state = run_once(make_init(build, tx, config.guard), jax.random.key(config.seed),
+                                     out_shardings=placed)
 
         # ---- What the user sees first -----------------------------------------------------------------
         log = stack.enter_context(RunLog(folder, config.log, steps, first, is_main))
@@ -129,12 +137,7 @@ def train(config: RunConfig, profile: int = 0) -> Path:
             log.write("start", first, time=time.time(), devices=f"{len(devices)} x {devices[0].device_kind}",
                       parameters=plan.num_params, flops_per_token=plan.flops_per_token)
 
-        # ---- The two compiled programs ----------------------------------------------------------------
-        loss = functools.partial(pretrain.loss, config.objective)
-        parts, _ = config.micro_batches(len(devices))
-        train_step = make_train_step(loss, model_def, tx, schedule, seed=config.seed, accumulate=parts,
-                                     shardings=placed, sigmas=config.guard.sigmas, zero1=config.mesh.zero1)
-        compiled = False
+        # ---- Evaluation -------------------------------------------------------------------------------
         eval_step = make_eval_step(model_def, np.pad(
             tokenizer.token_bytes(), (0, config.model.vocab_size - tokenizer.vocab_size)))
 
@@ -145,6 +148,8 @@ def train(config: RunConfig, profile: int = 0) -> Path:
             log.write("eval", step, split="validation", **values)
             log.say(f"step {step}: validation loss {values['loss']:.4f}  perplexity {values['perplexity']:.4g}  "
                     f"bits/byte {values['bits_per_byte']:.4f}  ({values['tokens']:,} tokens)")
+            if not step and not config.init_from:
+                return  # random weights write noise, and the programs that write it take a while to compile
             for prompt, text in sample_texts(config, model_def, params, tokenizer, step):
                 log.write("sample", step, prompt=prompt, text=text)
                 log.say(f"--- sample at step {step} ---\n{prompt}{text}\n---")
@@ -188,10 +193,10 @@ def train(config: RunConfig, profile: int = 0) -> Path:
                 with StopSignals() as stop, jax.transfer_guard("disallow"), \
                         Loader(batch_of, mesh, config.batch_size, first, steps) as loader:
                     for step, batch in phases.each("data", loader):
-                        if not compiled:
+                        if compiling:
                             log.say("compiling the train step …")
                             with phases("compile"):
-                                train_step, compiled = compile_step(train_step, state, batch, log), True
+                                train_step, compiling = compiling(log), None
                         if step == first:
                             meter.restart(first)
                         if profile and step == first + 2:
