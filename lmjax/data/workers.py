@@ -48,10 +48,11 @@ def make_shards(plans: Iterator[Plan], tokenizer: Tokenizer, out: Path, workers:
 
     DataError: one from `plans` (after the shards begun before it), or a worker that died.
     """
-    first = list(itertools.islice(plans, 3)) if workers > 1 else []
+    # Fewer would leave processes idle, while the tokenizer's own threads share each shard evenly.
+    enough = min(workers + 2, 8)
+    first = list(itertools.islice(plans, enough)) if workers > 1 else []
     plans = itertools.chain(first, plans)
-    # One shard for each split is not worth starting processes, and only our own classes can be rebuilt there.
-    if len(first) < 3 or type(tokenizer) not in (ByteTokenizer, HFTokenizer):
+    if len(first) < enough or type(tokenizer) not in (ByteTokenizer, HFTokenizer):  # only those can be rebuilt there
         for plan in plans:
             yield write_shard(plan, tokenizer, out)
         return

@@ -13,6 +13,7 @@ models in `lmjax.models.presets`.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -462,13 +463,17 @@ class Decoder(nnx.Module):
                 outs.append(out)
             return x, jax.tree.map(lambda *o: jnp.stack(o), *outs)
 
+        @functools.cache
+        def once(i):  # jitted, so that layers that are alike are traced once
+            return jax.jit(functools.partial(layer, i=i, scanned=False))
+
         whole, parts = groups * period, []
         if groups:
             stacked = jax.tree.map(lambda a: a[:whole].reshape(groups, period, *a.shape[1:]), params)
             x_BTD, outs = jax.lax.scan(group, x_BTD, stacked)
             parts.append(jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), outs))
         for n, one in enumerate(_split_layers(jax.tree.map(lambda a: a[whole:], params), depth - whole), whole):
-            x_BTD, out = layer(x_BTD, one, n % period, False)
+            x_BTD, out = once(n % period)(x_BTD, one)
             parts.append(jax.tree.map(lambda o: o[None], out))
         return x_BTD, jax.tree.map(lambda *o: jnp.concatenate(o), *parts)
 
