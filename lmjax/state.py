@@ -39,10 +39,17 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, zero1: bool = False) -> Any:
     return map_with_name(place, tree)
 
 
+def run_once(function: Callable, *args, out_shardings: Any = None) -> Any:
+    """function(*args) as one compiled program, for what runs once. On a CPU LLVM optimises it less: random weights took
+    four times as long to compile otherwise, and are made as fast (docs/performance.md)."""
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    return jax.jit(function, out_shardings=out_shardings, compiler_options=options)(*args)
+
+
 def make_init(build: Callable[[jax.Array], nnx.Module], tx: optax.GradientTransformation,
               guard: GuardConfig | None = None) -> Callable[[jax.Array], TrainState]:
-    """A function of a PRNG key that makes the state at step 0, the same bits on any mesh. Jit it with
-    `shardings` as out_shardings, so that no weight ever exists whole on one device."""
+    """A function of a PRNG key that makes the state at step 0, the same bits on any mesh. `run_once` it
+    with `shardings` as out_shardings, so that no weight ever exists whole on one device."""
 
     def init(key: jax.Array) -> TrainState:
         return fresh_state(nnx.to_pure_dict(nnx.split(build(key))[1]), tx, guard)

@@ -45,6 +45,9 @@ def packed_batch(step: int, rows: int = 8, seq_len: int = 32, vocab: int = 64, r
             "weights": weights}
 
 
+QUICK = {"xla_backend_optimization_level": 0}  # LLVM's level, for programs whose cost is compiling them
+
+
 def run_steps(mesh: MeshConfig, num_devices: int, *, steps: int = 3, accumulate: int = 1,
               objective: pretrain.PretrainConfig | None = None, config: DecoderConfig = TINY,
               compute: ComputeConfig | None = None, batch_of=packed_batch):
@@ -56,7 +59,7 @@ def run_steps(mesh: MeshConfig, num_devices: int, *, steps: int = 3, accumulate:
     with jax.set_mesh(built):
         init = make_init(build, tx)
         placed = shardings(jax.eval_shape(init, jax.random.key(0)), built)
-        state = jax.jit(init, out_shardings=placed)(jax.random.key(0))
+        state = jax.jit(init, out_shardings=placed, compiler_options=QUICK)(jax.random.key(0))
         first = jax.device_get(state.params)
         train_step = make_train_step(loss, graphdef(build), tx, schedule, seed=0, accumulate=accumulate,
                                      shardings=placed)
@@ -67,9 +70,6 @@ def run_steps(mesh: MeshConfig, num_devices: int, *, steps: int = 3, accumulate:
             state, metrics = train_step(state, to_global(batch, slice(0, rows), built, rows))
             history.append(metrics.fetch())
     return first, state, history
-
-
-QUICK = {"xla_backend_optimization_level": 0}  # LLVM's level, for programs whose cost is compiling them
 
 
 def random_model(config: DecoderConfig, seed: int = 1, spread: float = 0.05, **compute) -> Decoder:

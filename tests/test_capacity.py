@@ -28,11 +28,12 @@ def test_bits_are_those_of_a_float64_forward_pass():
     training, data = seeds.Training(cell, 10), capacity._data(cell)
     params, _ = training.start(np.arange(2))
     graphdef = nnx.split(Decoder(cell.shape.model, 0))[0]
+    forward = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))
     for seed, nats in enumerate(np.asarray(training.nats(params, data))):
         pick = jax.tree.map(lambda a, seed=seed: a[seed], (params, data))
         targets = np.asarray(pick[1]["targets"])
         tokens = np.concatenate([np.zeros((20, 1), int), targets[:, :-1]], 1)
-        logits = np.asarray(nnx.merge(graphdef, pick[0])(tokens), np.float64)
+        logits = np.asarray(forward(pick[0], tokens), np.float64)
         picked = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
         expected = np.sum(np.log(np.exp(logits).sum(-1)) - picked)
         assert nats == pytest.approx(expected, rel=1e-5)

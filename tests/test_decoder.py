@@ -194,9 +194,9 @@ def test_a_hessian_times_a_vector_by_forward_mode():
     def gradient(params):
         return jax.grad(lambda p: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(ids))))(params)
 
-    _, forward = jax.jvp(gradient, (params,), (params,))
+    _, forward = jax.jit(lambda p: jax.jvp(gradient, (p,), (p,)))(params)
     step = 1e-2
-    up, down = (gradient(jax.tree.map(lambda w, by=by: w * (1 + by), params)) for by in (step, -step))
+    up, down = (jax.jit(gradient)(jax.tree.map(lambda w, by=by: w * (1 + by), params)) for by in (step, -step))
     for ours, above, below in zip(*map(jax.tree.leaves, (forward, up, down)), strict=True):
         right = (above - below) / (2 * step)
         np.testing.assert_allclose(ours, right, atol=0.02 * float(jnp.abs(right).max()) + 1e-6)

@@ -68,11 +68,11 @@ def test_mean_of_means_would_be_seen():
     params = nnx.to_pure_dict(params)
     batch = jax.tree.map(np.asarray, packed_batch(0))
     loss = lambda model, batch, key: pretrain.loss(PretrainConfig(), model, batch, key)  # noqa: E731
-    key = jax.random.key(0)
-    grads, weight, _ = gradient_sums(loss, model_def, params, batch, key)
+    sums = jax.jit(lambda batch: gradient_sums(loss, model_def, params, batch, jax.random.key(0)))
+    grads, weight, _ = sums(batch)
     right = np.asarray(grads["embed_VD"]) / float(weight)
     halves = [{k: v[a::2] for k, v in batch.items()} for a in range(2)]
-    parts = [gradient_sums(loss, model_def, params, half, key) for half in halves]
+    parts = [sums(half) for half in halves]
     summed = sum(np.asarray(p[0]["embed_VD"]) for p in parts) / sum(float(p[1]) for p in parts)
     means = sum(np.asarray(p[0]["embed_VD"]) / float(p[1]) for p in parts) / 2
     np.testing.assert_allclose(summed, right, rtol=1e-4, atol=1e-6)

@@ -26,7 +26,7 @@ from lmjax.interop.load import Opened, open_model, what_is
 from lmjax.models import Decoder
 from lmjax.report.charts import Series, escape, line_chart
 from lmjax.runs import all_devices
-from lmjax.state import abstract_params, shardings
+from lmjax.state import abstract_params, run_once, shardings
 
 KINDS = ("text", "random", "ngrams")
 RANDOM_TOKENS, NGRAM_TOKENS, NEW = 10, 100, 1000  # of the protocol
@@ -99,9 +99,9 @@ def _checkpoints(opened: Opened, steps: list[int]) -> Iterator[tuple[int, Opened
         else:
             build = functools.partial(Decoder, opened.run.model, compute=opened.run.compute)
             placed = shardings(abstract_params(build), opened.mesh)
-            init = jax.jit(lambda key, build=build: nnx.to_pure_dict(nnx.split(build(key))[1]), out_shardings=placed)
             with jax.set_mesh(opened.mesh):
-                params = init(jax.random.key(opened.run.seed))
+                params = run_once(lambda key, build=build: nnx.to_pure_dict(nnx.split(build(key))[1]),
+                                  jax.random.key(opened.run.seed), out_shardings=placed)
             yield 0, Opened(opened.path, opened.config, opened.graphdef, params, opened.mesh, opened.tokenizer,
                             opened.prefix_ids, opened.run, {"step": 0})
 

@@ -125,7 +125,7 @@ def open_training(case: Case) -> Iterator[Training]:
     from lmjax.objectives import pretrain
     from lmjax.optim import make_optimizer
     from lmjax.plan import make_plan
-    from lmjax.state import graphdef, make_init, shardings
+    from lmjax.state import graphdef, make_init, run_once, shardings
     from lmjax.step import make_train_step
 
     config = run_config(case)
@@ -135,7 +135,7 @@ def open_training(case: Case) -> Iterator[Training]:
         tx, schedule = make_optimizer(config.optim, config.steps)
         init = functools.partial(Decoder, config.model, compute=config.compute)
         placed = shardings(make_plan(config, tx, mesh).state, mesh)
-        state = jax.jit(make_init(init, tx), out_shardings=placed)(jax.random.key(config.seed))
+        state = run_once(make_init(init, tx), jax.random.key(config.seed), out_shardings=placed)
         jitted = make_train_step(functools.partial(pretrain.loss, config.objective), graphdef(init), tx, schedule,
                                  seed=config.seed, accumulate=config.micro_batches(1)[0], shardings=placed)
         with Loader(rows_of(case), mesh, case.batch, 0, config.steps) as loader:
@@ -166,12 +166,12 @@ def write_weights(case: Case, folder: Path) -> None:
 
     from lmjax.models import Decoder
     from lmjax.optim import make_optimizer
-    from lmjax.state import make_init
+    from lmjax.state import make_init, run_once
     from lmjax.tree import named_leaves
 
     config = run_config(case)
     init = make_init(lambda key: Decoder(config.model, key), make_optimizer(config.optim, 1)[0])
-    params = jax.jit(lambda key: init(key).params)(jax.random.key(config.seed))
+    params = run_once(lambda key: init(key).params, jax.random.key(config.seed))
     np.savez(folder / "weights.npz", **{k: np.asarray(v) for k, v in named_leaves(params).items()})
 
 

@@ -6,6 +6,8 @@ What lives here: the order of these. What does not: any of them (see the package
 import dataclasses
 from collections.abc import Callable
 
+from jax.sharding import AbstractMesh
+
 from lmjax.axes import MESH_AXES, abstract_mesh
 from lmjax.config import RunConfig, fit_vocabulary, to_json, validate
 from lmjax.data import SourceConfig, load_tokenizer
@@ -18,7 +20,7 @@ from lmjax.plan.aot import Compiled, compile_for, missing
 from lmjax.plan.machine import Machine
 from lmjax.plan.page import Planned
 from lmjax.plan.roofline import Work, efficiencies, step_times
-from lmjax.plan.state import bytes_per_device, make_plan, schedule_of
+from lmjax.plan.state import Plan, bytes_per_device, make_plan, schedule_of
 from lmjax.plan.work import Split, activation_bytes, analytic
 from lmjax.state import shardings
 
@@ -41,6 +43,11 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
     # A plan needs no data, so sources that are not there yet are no problem of it.
     without_data = dataclasses.replace(config.data, sources=(SourceConfig(),))
     validate(dataclasses.replace(config, data=without_data), devices, machine.slices, machine.chip.kind)
+    return with_vocabulary(config)
+
+
+def with_vocabulary(config: RunConfig) -> RunConfig:
+    """The config with the vocabulary that its tokenizer has, or, where that is yet to be trained, will have."""
     if config.model.vocab_size:
         return config
     name = config.data.tokenizer
@@ -61,13 +68,18 @@ def work_of(config: RunConfig, num_devices: int) -> Work:
                     schedule=schedule_of(config, abstract_mesh(config.mesh, num_devices)))
 
 
+def abstract_run(config: RunConfig, mesh: AbstractMesh) -> Plan:
+    """`make_plan` with the config's own optimizer."""
+    return make_plan(config, make_optimizer(config.optim, config.total_steps)[0], mesh)
+
+
 def make(config: RunConfig, machine: Machine, *, compiles: bool = True, price: float | None = None,
-         limit: float = 900.0, say: Callable[[str], None] = lambda _: None) -> Planned:
+         limit: float = 900.0, say: Callable[[str], None] = lambda _: None, known: Plan | None = None) -> Planned:
     """The plan of a config on a machine. compiles: False stays with arithmetic. price: dollars a chip and hour. limit:
-    seconds that the compiler gets."""
+    seconds that the compiler gets. known: `abstract_run` of the same model, optimizer and rows' length on any mesh."""
     config = resolve(config, machine)
     mesh = abstract_mesh(config.mesh, machine.num_devices)
-    state = make_plan(config, make_optimizer(config.optim, config.total_steps)[0], mesh)
+    state = dataclasses.replace(known, mesh=mesh) if known else abstract_run(config, mesh)
     split = split_of(config, machine.num_devices)
     work = work_of(config, machine.num_devices)
     if machine.chip.devices > 1:  # figures of a chip, like its peak

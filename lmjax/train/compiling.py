@@ -34,14 +34,6 @@ def compile_lowered(lowered, options: dict[str, Any], say: Callable[[str], None]
         return lowered.compile()
 
 
-def run_once(function: Callable, *args, **shardings):
-    """function(*args), jitted, for a program that runs once: a CPU, which compiles longer than it runs, optimises it
-    as little as it may without running it longer. shardings: of `jax.jit`."""
-    lowered = jax.jit(function, **shardings).lower(*args)
-    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
-    return compile_lowered(lowered, options, lambda _: None)(*args)
-
-
 def start_compiling(train_step, state, batch, options: dict | None = None) -> Callable[[RunLog], Any]:
     """Traces the step for a state and a batch like these (arrays, or shapes with shardings) and begins to compile it,
     while the caller goes on. What it returns waits for the program, says what it took, and gives it.

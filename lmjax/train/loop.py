@@ -30,9 +30,9 @@ from lmjax.objectives import pretrain
 from lmjax.optim import make_optimizer
 from lmjax.phases import Phases, goodput
 from lmjax.plan import make_batch, make_plan
-from lmjax.state import fresh_state, graphdef, make_init, shardings
+from lmjax.state import fresh_state, graphdef, make_init, run_once, shardings
 from lmjax.step import make_train_step
-from lmjax.train.compiling import end_profile, run_once, start_compiling
+from lmjax.train.compiling import end_profile, start_compiling
 from lmjax.train.meter import Meter
 from lmjax.train.repair import GoBack, Lineage, cause, rechecked
 from lmjax.train.stopping import StopSignals
