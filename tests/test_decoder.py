@@ -282,3 +282,18 @@ def test_gradients_of_layers_one_after_another_are_put_together_once():
     shape = ",".join(map(str, model.blocks.mlp.up_DF.shape))
     made = [line.split(" = ")[1].split("[")[0] for line in text.splitlines() if f":f32[{shape}] = " in line]
     assert made and set(made) == {"concatenate"}
+
+
+def test_layers_one_after_another_are_traced_once_and_compiled_in_no_call_outside_a_jit():
+    model = Decoder(DecoderConfig(vocab_size=64, num_layers=3, d_model=32, num_heads=2),
+                    compute=ComputeConfig(layers="unroll"))
+    ids, compiled = jnp.arange(16).reshape(2, 8), []
+    gradient = jax.grad(lambda m: m(ids).var())
+    assert str(jax.make_jaxpr(gradient)(model)).count("name=layer") >= 3
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compiled.append(name) if name.endswith("backend_compile_duration") else None)
+    gradient(model)
+    assert compiled, "nothing is heard"
+    compiled.clear()
+    gradient(model)
+    assert not compiled

@@ -463,9 +463,12 @@ class Decoder(nnx.Module):
                 outs.append(out)
             return x, jax.tree.map(lambda *o: jnp.stack(o), *outs)
 
+        staged = isinstance(jnp.arange(1), jax.core.Tracer)  # inside a jit, even constants are traced
+
         @functools.cache
-        def once(i):  # jitted, so that layers that are alike are traced once
-            return jax.jit(functools.partial(layer, i=i, scanned=False))
+        def alone(i):  # layers that are alike are traced once; outside a jit this would compile them at every call
+            run = functools.partial(layer, i=i, scanned=False)
+            return jax.jit(run) if staged else run
 
         whole, parts = groups * period, []
         if groups:
@@ -473,7 +476,7 @@ class Decoder(nnx.Module):
             x_BTD, outs = jax.lax.scan(group, x_BTD, stacked)
             parts.append(jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), outs))
         for n, one in enumerate(_split_layers(jax.tree.map(lambda a: a[whole:], params), depth - whole), whole):
-            x_BTD, out = once(n % period)(x_BTD, one)
+            x_BTD, out = alone(n % period)(x_BTD, one)
             parts.append(jax.tree.map(lambda o: o[None], out))
         return x_BTD, jax.tree.map(lambda *o: jnp.concatenate(o), *parts)
 
