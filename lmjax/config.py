@@ -51,8 +51,8 @@ __all__ = [
 @dataclasses.dataclass
 class EvalConfig:
     """every: steps between evaluations on the validation split (also at step 0 and at the end); 0 never.
-    batches: at most so many; 0 for the whole split. prompts: texts to continue, at each evaluation but that of random
-    weights."""
+    batches: at most so many; 0 for the whole split. prompts: texts to continue, at each evaluation; on a CPU not with
+    random weights."""
 
     every: int = 500
     batches: int = 0

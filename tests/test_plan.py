@@ -310,6 +310,13 @@ def test_search_orders_and_bounds(capsys):
                       compiles=False, say=lambda _: None)
 
 
+@pytest.mark.parametrize("setting", ["model.windows=()", "model.num_layers=0", "model.num_layers=2000000000"])
+def test_a_search_builds_no_model_of_a_wrong_config(setting):
+    with pytest.raises(ConfigError):
+        search.search(load_config(ROOT / "configs" / "quickstart.py", [f"--{setting}"]), parse_machine("v5e:4x4"),
+                      minutes=1, compiles=False, say=lambda _: None)
+
+
 def test_a_compiler_that_takes_too_long_is_ended(monkeypatch):
     """The child is real, and gets a limit in which it cannot even import."""
     with pytest.raises(ConfigError, match="--limit=0.2"):

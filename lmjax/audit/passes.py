@@ -26,7 +26,7 @@ from lmjax.evals.windows import WindowConfig
 from lmjax.interop.load import Opened, open_model
 from lmjax.models import Decoder
 from lmjax.runs import all_devices
-from lmjax.state import shardings
+from lmjax.state import run_once, shardings
 
 SUFFIX_STATS = ("surprisal", "entropy", "rank", SAMPLED)
 DOCUMENT_STATS = ("surprisal", "normalised")
@@ -56,7 +56,7 @@ def open_beside(what: str, path: str, model: Opened, seed: int) -> Opened:
 
         placed = shardings(jax.eval_shape(fresh, jax.random.key(0)), model.mesh)
         with jax.set_mesh(model.mesh):
-            params = jax.jit(fresh, out_shardings=placed)(jax.random.key(seed))
+            params = run_once(fresh, jax.random.key(seed), out_shardings=placed)
         return dataclasses.replace(model, params=params, path=Path(f"{RANDOM} weights"), run=None, meta={})
     opened = open_model(path, mesh=model.mesh)
     if opened.tokenizer is None or opened.tokenizer.fingerprint != model.tokenizer.fingerprint:

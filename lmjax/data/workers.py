@@ -48,11 +48,12 @@ def make_shards(plans: Iterator[Plan], tokenizer: Tokenizer, out: Path, workers:
 
     DataError: one from `plans` (after the shards begun before it), or a worker that died.
     """
-    # Fewer would leave processes idle, while the tokenizer's own threads share each shard evenly.
-    enough = min(workers + 2, 8)
+    # Fewer are not worth starting processes: the tokenizer's own threads share each shard.
+    enough = min(workers + 2, 4)
     first = list(itertools.islice(plans, enough)) if workers > 1 else []
-    plans = itertools.chain(first, plans)
-    if len(first) < enough or type(tokenizer) not in (ByteTokenizer, HFTokenizer):  # only those can be rebuilt there
+    few, plans = len(first) < enough, itertools.chain(first, plans)
+    del first  # or its texts would stay in memory
+    if few or type(tokenizer) not in (ByteTokenizer, HFTokenizer):  # only those can be rebuilt there
         for plan in plans:
             yield write_shard(plan, tokenizer, out)
         return

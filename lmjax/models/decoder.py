@@ -458,8 +458,8 @@ class Decoder(nnx.Module):
 
         def group(x, stacked):
             outs = []
-            for i, params in enumerate(_split_layers(stacked, period)):
-                x, out = layer(x, params, i)
+            for i, one in enumerate(_layers(stacked, period)):
+                x, out = layer(x, one, i)
                 outs.append(out)
             return x, jax.tree.map(lambda *o: jnp.stack(o), *outs)
 
@@ -471,19 +471,24 @@ class Decoder(nnx.Module):
             return jax.jit(run) if staged else run
 
         whole, parts = groups * period, []
+        front, rest = _split(params, [whole, depth - whole]) if 0 < whole < depth else (params, params)
         if groups:
-            stacked = jax.tree.map(lambda a: a[:whole].reshape(groups, period, *a.shape[1:]), params)
+            stacked = jax.tree.map(lambda a: a.reshape(groups, period, *a.shape[1:]), front)
             x_BTD, outs = jax.lax.scan(group, x_BTD, stacked)
             parts.append(jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), outs))
-        for n, one in enumerate(_split_layers(jax.tree.map(lambda a: a[whole:], params), depth - whole), whole):
+        for n, one in enumerate(_layers(rest, depth - whole) if whole < depth else (), whole):
             x_BTD, out = alone(n % period)(x_BTD, one)
             parts.append(jax.tree.map(lambda o: o[None], out))
         return x_BTD, jax.tree.map(lambda *o: jnp.concatenate(o), *parts)
 
 
-def _split_layers(stacked: dict, depth: int) -> list[dict]:
-    """The weights of each layer. By one split, whose gradient is one concatenation; the gradient of a slice is the
-    whole stack, zero but for one layer, and they would all be added."""
+def _split(stacked: dict, sizes: list[int]) -> list[dict]:
+    """Stacks of so many layers each. By one split, whose gradient is one concatenation; the gradient of a slice is the
+    whole stack, zero but for its layers, and they would all be added."""
     leaves, tree = jax.tree.flatten(stacked)
-    apart = [jax.lax.split(a, [1] * depth) for a in leaves]
-    return [tree.unflatten([layers[n].squeeze(0) for layers in apart]) for n in range(depth)]
+    return [tree.unflatten(part) for part in zip(*(jax.lax.split(a, sizes) for a in leaves), strict=True)]
+
+
+def _layers(stacked: dict, depth: int) -> list[dict]:
+    """The weights of each layer."""
+    return [jax.tree.map(lambda a: a.squeeze(0), one) for one in _split(stacked, [1] * depth)]

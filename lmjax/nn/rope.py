@@ -107,12 +107,12 @@ def rotation(positions_BT: jax.Array, freqs: np.ndarray | jax.Array,
     """(cos, sin) of positions * freqs, times magnitude, float32 [B, T, 1, H/2]. Made once and used by every layer: a
     sine costs a CPU more than the rest of the rotation."""
     angles_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * freqs
-    cos, sin = _by_a_loop(angles_BT1h) if platform() == "cpu" else (jnp.cos(angles_BT1h), jnp.sin(angles_BT1h))
+    cos, sin = _cos_sin_by_a_loop(angles_BT1h) if platform() == "cpu" else (jnp.cos(angles_BT1h), jnp.sin(angles_BT1h))
     return (cos, sin) if magnitude == 1 else (cos * magnitude, sin * magnitude)
 
 
 @jax.jit  # or it would be compiled at every call outside of a jit
-def _by_a_loop(angles: jax.Array) -> jax.Array:
+def _cos_sin_by_a_loop(angles: jax.Array) -> jax.Array:
     """Cosines and sines, for XLA's CPU backend: it would compute them again wherever they are read, but leaves alone
     what a loop gave."""
     return jax.lax.map(lambda is_cos: jax.lax.cond(is_cos, jnp.cos, jnp.sin, angles), jnp.array([True, False]))

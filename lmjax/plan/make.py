@@ -43,11 +43,6 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
     # A plan needs no data, so sources that are not there yet are no problem of it.
     without_data = dataclasses.replace(config.data, sources=(SourceConfig(),))
     validate(dataclasses.replace(config, data=without_data), devices, machine.slices, machine.chip.kind)
-    return with_vocabulary(config)
-
-
-def with_vocabulary(config: RunConfig) -> RunConfig:
-    """The config with the vocabulary that its tokenizer has, or, where that is yet to be trained, will have."""
     if config.model.vocab_size:
         return config
     name = config.data.tokenizer

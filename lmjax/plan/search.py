@@ -17,7 +17,7 @@ from lmjax.log import format_bytes, format_count, format_duration
 from lmjax.models.decoder import REMAT
 from lmjax.plan.aot import Compiled, missing
 from lmjax.plan.machine import Machine
-from lmjax.plan.make import abstract_run, make, with_vocabulary
+from lmjax.plan.make import abstract_run, make, resolve
 from lmjax.plan.page import Planned
 
 BATCHES = (1, 2, 4, 8, 16, 32)  # rows of a device, or of the devices that share rows
@@ -78,9 +78,11 @@ def candidates(config: RunConfig, machine: Machine) -> Iterator[RunConfig]:
 def trials(config: RunConfig, machine: Machine) -> list[Trial]:
     """Every setting that is allowed and not hopeless, by arithmetic alone, fastest first."""
     found, capacity = [], machine.chip.hbm / machine.chip.devices
-    known = abstract_run(with_vocabulary(config), abstract_mesh(MeshConfig(), 1))  # what is tried differs elsewhere
+    known = None  # what is tried differs elsewhere
     for candidate in candidates(config, machine):
         try:
+            candidate = resolve(candidate, machine)
+            known = known or abstract_run(candidate, abstract_mesh(MeshConfig(), 1))
             plan = make(candidate, machine, compiles=False, known=known)
         except ConfigError:
             continue  # does not divide

@@ -38,24 +38,29 @@ def start_compiling(train_step, state, batch, options: dict | None = None) -> Ca
     """Traces the step for a state and a batch like these (arrays, or shapes with shardings) and begins to compile it,
     while the caller goes on. What it returns waits for the program, says what it took, and gives it.
 
-    On a GPU it is compiled before this returns: the compiler measures kernels there, beside which nothing may run.
+    On a GPU it is compiled only then: the compiler measures kernels there, beside which nothing may run. A process ends
+    only when its compiler has.
     """
     began = time.perf_counter()
     devices = jax.tree.leaves(state)[0].sharding.mesh.devices.flatten()
     options = xla_options(devices) if options is None else options
     lowered, notes = train_step.lower(state, batch), []  # here: the mesh and the precision are this thread's
+    traced = time.perf_counter() - began
 
     def work():
-        return compile_lowered(lowered, options, notes.append), time.perf_counter() - began
+        began = time.perf_counter()
+        with jax.transfer_guard("allow"):
+            compiled = compile_lowered(lowered, options, notes.append)
+        return compiled, traced + time.perf_counter() - began
 
-    pool = concurrent.futures.ThreadPoolExecutor(1, "compile")
-    future = pool.submit(work)
-    pool.shutdown(wait=False)
-    if devices[0].platform == "gpu":
-        concurrent.futures.wait([future])
+    wait = work
+    if devices[0].platform != "gpu":
+        pool = concurrent.futures.ThreadPoolExecutor(1, "compile")
+        wait = pool.submit(work).result
+        pool.shutdown(wait=False)
 
     def finish(log: RunLog):
-        compiled, seconds = future.result()
+        compiled, seconds = wait()
         release_freed_memory()
         analysis = compiled.memory_analysis()
         temp = f", {format_bytes(analysis.temp_size_in_bytes)} of temporaries a device" if analysis else ""

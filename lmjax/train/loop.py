@@ -106,6 +106,9 @@ def train(config: RunConfig, profile: int = 0) -> Path:
         parts, _ = config.micro_batches(len(devices))
         train_step = make_train_step(loss, model_def, tx, schedule, seed=config.seed, accumulate=parts,
                                      shardings=placed, sigmas=config.guard.sigmas, zero1=config.mesh.zero1)
+        if restored is None and config.init_from:
+            with phases("init"):
+                params = initial_params(config.init_from, config.model, tokenizer, mesh)
         compiling = None
         if first < steps:
             with phases("compile"):
@@ -113,7 +116,6 @@ def train(config: RunConfig, profile: int = 0) -> Path:
         if restored is None:
             with phases("init"):
                 if config.init_from:
-                    params = initial_params(config.init_from, config.model, tokenizer, mesh)
                     state = run_once(functools.partial(fresh_state, tx=tx, guard=config.guard), params,
                                      out_shardings=placed)
                 else:
@@ -148,8 +150,8 @@ def train(config: RunConfig, profile: int = 0) -> Path:
             log.write("eval", step, split="validation", **values)
             log.say(f"step {step}: validation loss {values['loss']:.4f}  perplexity {values['perplexity']:.4g}  "
                     f"bits/byte {values['bits_per_byte']:.4f}  ({values['tokens']:,} tokens)")
-            if not step and not config.init_from:
-                return  # random weights write noise, and the programs that write it take a while to compile
+            if not step and not config.init_from and devices[0].platform == "cpu":
+                return  # random weights write noise, and a CPU takes a while to compile the programs that write it
             for prompt, text in sample_texts(config, model_def, params, tokenizer, step):
                 log.write("sample", step, prompt=prompt, text=text)
                 log.say(f"--- sample at step {step} ---\n{prompt}{text}\n---")
