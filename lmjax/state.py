@@ -41,7 +41,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, zero1: bool = False) -> Any:
 
 def run_once(function: Callable, *args, out_shardings: Any = None) -> Any:
     """function(*args) as one compiled program, for what runs once. On a CPU LLVM optimises it less: random weights took
-    four times as long to compile otherwise, and are made as fast (docs/performance.md)."""
+    two to four times as long to compile otherwise, and are made as fast (docs/performance.md)."""
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(function, out_shardings=out_shardings, compiler_options=options)(*args)
 
@@ -70,3 +70,11 @@ def graphdef(build: Callable[[jax.Array], nnx.Module]) -> nnx.GraphDef:
 def abstract_params(build: Callable[[jax.Array], nnx.Module]) -> dict:
     """The weights as shapes. Allocates nothing."""
     return jax.eval_shape(lambda key: nnx.to_pure_dict(nnx.split(build(key))[1]), jax.random.key(0))
+
+
+def random_params(build: Callable[[jax.Array], nnx.Module], mesh: Mesh, seed: int) -> dict:
+    """The weights that a run with this seed begins with, on the mesh."""
+    placed = shardings(abstract_params(build), mesh)
+    with jax.set_mesh(mesh):
+        return run_once(lambda key: nnx.to_pure_dict(nnx.split(build(key))[1]), jax.random.key(seed),
+                        out_shardings=placed)

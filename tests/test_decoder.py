@@ -290,10 +290,17 @@ def test_layers_one_after_another_are_traced_once_and_compiled_in_no_call_outsid
     ids, compiled = jnp.arange(16).reshape(2, 8), []
     gradient = jax.grad(lambda m: m(ids).var())
     assert str(jax.make_jaxpr(gradient)(model)).count("name=layer") >= 3
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **_: compiled.append(name) if name.endswith("backend_compile_duration") else None)
-    gradient(model)
-    assert compiled, "nothing is heard"
-    compiled.clear()
-    gradient(model)
-    assert not compiled
+
+    def listen(name, seconds, **_):
+        if name.endswith("backend_compile_duration"):
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        gradient(model)
+        assert compiled, "nothing is heard"
+        compiled.clear()
+        gradient(model)
+        assert not compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from lmjax.analyze.output import read_files, say, short, writable, write_json, write_text
 from lmjax.analyze.page import figure, html_table, page
@@ -26,7 +25,7 @@ from lmjax.interop.load import Opened, open_model, what_is
 from lmjax.models import Decoder
 from lmjax.report.charts import Series, escape, line_chart
 from lmjax.runs import all_devices
-from lmjax.state import abstract_params, run_once, shardings
+from lmjax.state import random_params
 
 KINDS = ("text", "random", "ngrams")
 RANDOM_TOKENS, NGRAM_TOKENS, NEW = 10, 100, 1000  # of the protocol
@@ -98,10 +97,7 @@ def _checkpoints(opened: Opened, steps: list[int]) -> Iterator[tuple[int, Opened
             say(f"step 0 is left out: the run began with the weights of {opened.run.init_from}")
         else:
             build = functools.partial(Decoder, opened.run.model, compute=opened.run.compute)
-            placed = shardings(abstract_params(build), opened.mesh)
-            with jax.set_mesh(opened.mesh):
-                params = run_once(lambda key, build=build: nnx.to_pure_dict(nnx.split(build(key))[1]),
-                                  jax.random.key(opened.run.seed), out_shardings=placed)
+            params = random_params(build, opened.mesh, opened.run.seed)
             yield 0, Opened(opened.path, opened.config, opened.graphdef, params, opened.mesh, opened.tokenizer,
                             opened.prefix_ids, opened.run, {"step": 0})
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 
 from lmjax.analyze.output import Progress
 from lmjax.audit.metrics import PAD
@@ -26,7 +25,7 @@ from lmjax.evals.windows import WindowConfig
 from lmjax.interop.load import Opened, open_model
 from lmjax.models import Decoder
 from lmjax.runs import all_devices
-from lmjax.state import run_once, shardings
+from lmjax.state import random_params
 
 SUFFIX_STATS = ("surprisal", "entropy", "rank", SAMPLED)
 DOCUMENT_STATS = ("surprisal", "normalised")
@@ -50,13 +49,7 @@ def open_beside(what: str, path: str, model: Opened, seed: int) -> Opened:
     weights that the seed gives. Raises ConfigError where tokens mean something else."""
     if path == RANDOM and not Path(path).exists():
         build = functools.partial(Decoder, model.config, compute=model.model().compute)
-
-        def fresh(key):
-            return nnx.to_pure_dict(nnx.split(build(key))[1])
-
-        placed = shardings(jax.eval_shape(fresh, jax.random.key(0)), model.mesh)
-        with jax.set_mesh(model.mesh):
-            params = run_once(fresh, jax.random.key(seed), out_shardings=placed)
+        params = random_params(build, model.mesh, seed)
         return dataclasses.replace(model, params=params, path=Path(f"{RANDOM} weights"), run=None, meta={})
     opened = open_model(path, mesh=model.mesh)
     if opened.tokenizer is None or opened.tokenizer.fingerprint != model.tokenizer.fingerprint:

@@ -33,9 +33,8 @@ FIRST_STEP = {"nothing prepared": 15.0, "data prepared": 15.0, "data prepared, p
 LIMIT = 1800.0
 
 DESCRIPTION = """Seconds until something happens. First step: the command of the quickstart, unchanged but for its
-folders, is started and timed until its first train step is recorded (the evaluation before it included), then
-ended. Once with nothing prepared; then with the corpus prepared and an empty compile cache; then with
-both."""
+folders, is started and timed until its first train step is recorded (the evaluation before it included), then ended.
+Once with nothing prepared; then with the corpus prepared and an empty compile cache; then with both."""
 
 
 def run(args: list[str]) -> int:

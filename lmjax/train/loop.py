@@ -116,11 +116,10 @@ def train(config: RunConfig, profile: int = 0) -> Path:
         if restored is None:
             with phases("init"):
                 if config.init_from:
-                    state = run_once(functools.partial(fresh_state, tx=tx, guard=config.guard), params,
-                                     out_shardings=placed)
+                    state = run_once(lambda params: fresh_state(params, tx, config.guard), params, out_shardings=placed)
                 else:
-                    state = run_once(make_init(build, tx, config.guard), jax.random.key(config.seed),
-                                     out_shardings=placed)
+                    init = make_init(build, tx, config.guard)
+                    state = run_once(init, jax.random.key(config.seed), out_shardings=placed)
 
         # ---- What the user sees first -----------------------------------------------------------------
         log = stack.enter_context(RunLog(folder, config.log, steps, first, is_main))
